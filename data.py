@@ -1,0 +1,500 @@
+"""The data sets, read in the layouts that they are released in, and the loader that makes batches of them.
+
+A data set class yields the samples of each split; `Pairs` is one split; `loader` makes batches. What is random
+in training (order, crops, drawn texts) is a function of (seed, epoch, sample) alone: neither the number of
+workers nor a resumed run changes it.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import signal
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch.utils.data import DataLoader, Dataset
+
+from mope import InputError
+
+GREY = (124, 116, 104)  # stands for an image that is missing or damaged: ImageNet's mean colour
+MAX_BAD = 0.01  # share of a split's images that may be missing or damaged
+HELD_OUT = 0.1  # share of training that becomes validation where a data set has none
+
+
+class Sample(NamedTuple):
+    id: str
+    image: Path | np.ndarray  # a file, or pixels [S, S, 3] uint8
+    text: str
+    label: object  # a class name, a list of them, or what the data set's `draw` makes one of
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One split
+
+
+class Pairs(Dataset):
+    """One split of a data set: samples, classes, and the notes on defects that loading found."""
+
+    def __init__(self, source: Layout, split: str, samples: list[Sample], classes: list[str], seed: int):
+        self.source, self.split, self.samples, self.classes, self.seed = source, split, samples, classes, seed
+        self.index = {name: i for i, name in enumerate(classes)}
+        self.multilabel = isinstance(samples[0].label, list)
+        self.train = split == "train"
+        self.notes: list[str] = source.notes[split]
+        self.image_size = 224  # set by `loader`
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, i: int, epoch: int = 0) -> Sample:
+        """Sample i; where texts are drawn, anew in each training epoch, and always alike in evaluation."""
+        return self.source.draw(self.samples[i], self.rng(i, epoch))
+
+    def rng(self, i: int, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, i] if self.train else [0, i])
+
+    def target(self, label: str | list[str]) -> int | np.ndarray:
+        """A class name -> its number; a list of them -> [C] of zeros and ones."""
+        if not self.multilabel:
+            return self.index[label]
+        target = np.zeros(len(self.classes), np.float32)
+        target[[self.index[name] for name in label]] = 1
+        return target
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        """(epoch, i) -> i, image [3, S, S] uint8, text, target, and the file's name if it could not be read."""
+        epoch, i = key
+        rng = self.rng(i, epoch)
+        sample = self.source.draw(self.samples[i], rng)
+        try:
+            image, damaged = decode(sample.image, self.image_size, rng if self.train else None, self.source.flip), ""
+        except (OSError, SyntaxError, ValueError, ArithmeticError, Image.DecompressionBombError):
+            grey = np.full((self.image_size, self.image_size, 3), GREY, np.uint8)
+            image, damaged = torch.from_numpy(grey).permute(2, 0, 1), str(sample.image)
+        return i, image, sample.text, self.target(sample.label), damaged
+
+
+def check_damaged(damaged: set[str], pairs: Pairs) -> None:
+    """Raise InputError if more than 1 % of a split's images are missing or damaged."""
+    if len(damaged) > MAX_BAD * len(pairs):
+        listed = "\n  ".join(sorted(damaged)[:10])
+        raise InputError(f"{len(damaged)} of {len(pairs)} images of {pairs.split} are missing or cannot be read, more "
+                         f"than {MAX_BAD:.0%}; download them again or take their rows out. The first:\n  {listed}")
+
+
+def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator | None = None,
+           flip: bool = False) -> torch.Tensor:
+    """An image -> upright RGB [3, size, size] uint8.
+
+    Without rng, the short side is resized to size * 256 / 224 and the centre is cut out; with it, a crop of 60 to
+    100 % of the area and of an aspect between 3:4 and 4:3 is drawn (we: mild), mirrored half of the time if `flip`.
+    Raises what Pillow raises for a damaged file.
+    """
+    if isinstance(source, np.ndarray):
+        return torch.from_numpy(source).permute(2, 0, 1)
+    with Image.open(source) as image:
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; `draft` picks the smallest that
+        # is still as large as asked, so the resize below never has to enlarge what draft made small.
+        image.draft("RGB", (round(size * 256 / 224),) * 2 if rng is None else (2 * size, 2 * size))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+
+    width, height = image.size
+    if rng is None:
+        w = h = min(width, height) * 224 / 256
+        left, top = (width - w) / 2, (height - h) / 2
+    else:
+        area, aspect = rng.uniform(0.6, 1) * width * height, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+        w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
+        left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        if flip and rng.random() < 0.5:
+            image, left = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), width - left - w
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layouts: one class each. `read(split)` yields samples and notes the defects that it meets.
+
+
+class Layout:
+    """What the data sets share. A subclass says what its folder looks like and reads it."""
+
+    tree = ""  # the expected tree and where to get it, for the error message
+    flip = True  # may a training image be mirrored?
+    classes: list[str] | None = None  # None: those of the training split, sorted
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.notes: dict[str, list[str]] = defaultdict(list)
+
+    def read(self, split: str) -> Iterator[Sample]:
+        raise NotImplementedError
+
+    def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return sample
+
+    def require(self, *paths: Path) -> Path:
+        """The first of the paths that exists, or an error that says what the folder should look like."""
+        for path in paths:
+            if path.exists():
+                return path
+        raise InputError(f"no {' or '.join(map(str, paths))}\nExpected in {self.folder}:\n{self.tree.rstrip()}\n"
+                         "Give the folder with --data-dir. `python train.py` alone needs no data.")
+
+    def load_split(self, split: str) -> list[Sample]:
+        """All samples of a split; images that do not exist are noted, and left out of training."""
+        samples = list(self.read(split))
+        missing = {str(s.image) for s in samples if isinstance(s.image, Path) and not s.image.exists()}
+        if missing:
+            what = "left out" if split == "train" else "kept with a grey image"
+            self.notes[split].append(f"{len(missing)} images do not exist: {what}, for instance {min(missing)}")
+        if not samples:
+            raise InputError(f"{self.folder}: the {split} split is empty")
+        self.missing = missing
+        return [s for s in samples if split != "train" or str(s.image) not in missing]
+
+
+class JsonLines(Layout):
+    """A user's own data, and prepared copies of Food-101 and MM-IMDb."""
+
+    tree = """
+    train.jsonl, val.jsonl (or dev.jsonl; without it, 10 % of train are held out), test.jsonl
+    one object a line: {"image": "path, relative to this folder", "text": "...", "label": "name"}
+    ("img" for "image" works; a list of names as label makes it a multi-label task)"""
+
+    def lines(self, path: Path) -> Iterator[tuple[str, dict]]:
+        """(file:line, object) of every line that is not blank."""
+        for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # both kinds: not UTF-8, not JSON
+                raise InputError(f"{where}: expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: expected a JSON object, found {line[:40]!r}")
+            yield where, row
+
+    def read(self, split: str) -> Iterator[Sample]:
+        names = ("val", "dev") if split == "val" else (split,)
+        path = self.require(*(self.folder / f"{name}.jsonl" for name in names))
+        for where, row in self.lines(path):
+            image, text, label = row.get("image", row.get("img")), row.get("text"), row.get("label")
+            several = isinstance(label, list) and all(isinstance(name, str) for name in label)
+            if not isinstance(image, str) or not isinstance(text, str) or not (several or isinstance(label, str)):
+                raise InputError(f"{where}: expected strings \"image\" and \"text\", and a \"label\" that is a string "
+                                 f"or a list of strings; found {json.dumps(row)[:200]}")
+            yield Sample(str(row.get("id", where)), self.folder / image, text, label)
+
+
+class Food101(JsonLines):
+    """UPMC Food-101: photograph and page title, 101 classes."""
+
+    tree = """
+    images/{train,test}/<class>/<class>_<n>.jpg
+    texts/{train,test}_titles.csv      (or a prepared copy: {train,val,test}.jsonl)
+    from https://www.kaggle.com/datasets/gianmarco96/upmcfood101, for instance by
+    curl -L -o food101.zip https://www.kaggle.com/api/v1/datasets/download/gianmarco96/upmcfood101"""
+
+    def read(self, split: str) -> Iterator[Sample]:
+        if (self.folder / f"{split}.jsonl").exists() or split == "val":
+            yield from super().read(split)
+            return
+        images = self.require(self.folder / "images" / split)
+        path = self.require(self.folder / "texts" / f"{split}_titles.csv")
+        mended = 0
+        # No csv reader: train_titles.csv has a quote that never closes, which would swallow 16 rows in silence.
+        for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+            name, _, rest = line.partition(",")
+            title, comma, label = rest.rpartition(",")
+            if not line.strip():
+                continue
+            if not comma:
+                raise InputError(f"{path}:{number}: expected image,title,class; found {line[:80]!r}")
+            if name.endswith(".txt"):
+                name, mended = name.removesuffix(".txt") + ".jpg", mended + 1
+            yield Sample(name, images / label / name, clean_title(title), label)
+        if mended:
+            self.notes[split].append(f"{mended} rows name a .txt for their .jpg: mended")
+
+
+def clean_title(title: str) -> str:
+    """Undo CSV quotes, [["..."]] wrappers and HTML entities."""
+    title = title.removeprefix('"').removesuffix('"').replace('""', '"')
+    title = re.sub(r'^\[\["?|"?\]\]$', "", title)
+    return html.unescape(title).strip()
+
+
+class MMIMDb(JsonLines):
+    """MM-IMDb: poster and plot, the 23 most frequent genres, several a film."""
+
+    tree = """
+    split.json, dataset/<id>.json, dataset/<id>.jpeg      (or a prepared copy: {train,dev,test}.jsonl)
+    from https://archive.org/download/mmimdb/mmimdb.tar.gz (8 GB)"""
+    genres = ("Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
+              "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
+
+    def read(self, split: str) -> Iterator[Sample]:
+        if (self.folder / "train.jsonl").exists():
+            yield from super().read(split)
+            return
+        self.classes = self.genres
+        dropped, without = Counter(), 0
+        split_file = self.require(self.folder / "split.json")
+        for name in json.loads(split_file.read_text("utf-8"))["dev" if split == "val" else split]:
+            path = self.require(self.folder / "dataset" / f"{name}.json")
+            _, film = next(self.lines(path))
+            genres = [genre for genre in film["genres"] if genre in self.genres]
+            dropped.update(set(film["genres"]) - set(genres))
+            if not genres:
+                without += 1
+                continue
+            plot = max(film["plot"], key=len)  # max keeps the first of several that are equally long
+            yield Sample(name, path.with_suffix(".jpeg"), plot, genres)
+        if dropped:
+            counts = ", ".join(f"{name} {n}" for name, n in dropped.most_common())
+            self.notes[split].append(f"genres outside the 23 ignored: {counts}; {without} films without another dropped")
+
+
+class SnliVE(JsonLines):
+    """SNLI-VE: photograph and hypothesis -> entailment, neutral or contradiction."""
+
+    tree = """
+    snli_ve_{train,dev,test}.jsonl, flickr30k_images/<id>.jpg
+    from https://github.com/necla-ml/SNLI-VE and
+    https://storage.googleapis.com/allennlp-public-data/snli-ve/flickr30k_images.tar.gz"""
+    flip = False  # "the man on the left"
+    classes = ["entailment", "neutral", "contradiction"]
+
+    def read(self, split: str) -> Iterator[Sample]:
+        path = self.require(self.folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl")
+        images = self.require(self.folder / "flickr30k_images")
+        unlabelled = 0
+        for where, row in self.lines(path):
+            photo = row.get("Flickr30K_ID", row.get("Flikr30kID"))  # older files spell it without the c
+            label, hypothesis = row.get("gold_label"), row.get("sentence2")
+            if photo is None or label is None or hypothesis is None:
+                raise InputError(f"{where}: expected Flickr30K_ID, sentence2 and gold_label; found {sorted(row)}")
+            if label == "-":  # the annotators did not agree
+                unlabelled += 1
+                continue
+            name = str(photo).removesuffix(".jpg") + ".jpg"
+            yield Sample(str(row.get("pairID", where)), images / name, hypothesis, label)
+        if unlabelled:
+            self.notes[split].append(f"{unlabelled} pairs without an agreed label (-) dropped")
+
+
+class Grocery(Layout):
+    """Grocery Store Dataset, a task of ours: a photograph, and one sentence about some product of the same group
+    -> which of the 81 products. The text narrows it down to the group, the photograph alone leaves look-alikes."""
+
+    tree = """
+    dataset/classes.csv, dataset/{train,val,test}.txt, the photographs and descriptions that they name
+    from git clone https://github.com/marcusklasson/GroceryStoreDataset"""
+    repeat = 1  # pairs a photograph
+    sentences = 1  # of a description
+
+    def read(self, split: str) -> Iterator[Sample]:
+        root = self.folder / "dataset" if (self.folder / "dataset").is_dir() else self.folder
+        if not hasattr(self, "groups"):
+            self.read_classes(self.require(root / "classes.csv"), root)
+        for line in self.require(root / f"{split}.txt").read_text("utf-8").splitlines():
+            path, product, _ = (field.strip() for field in line.split(","))
+            for copy in range(self.repeat):
+                yield Sample(f"{path}#{copy}" if copy else path, root / path, "", self.products[int(product)])
+
+    def read_classes(self, path: Path, root: Path) -> None:
+        """classes.csv -> products by number, descriptions split into sentences, products by group."""
+        self.products: list[str] = []
+        self.description: dict[str, list[str]] = {}
+        self.groups: dict[str, list[str]] = defaultdict(list)
+        self.group_of: dict[str, str] = {}
+        for line in path.read_text("utf-8").splitlines()[1:]:
+            product, _, group, _, _, file = line.split(",")
+            text = self.require(root / file.strip().lstrip("/")).read_text("utf-8")
+            self.products.append(product)
+            self.description[product] = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
+            self.groups[group].append(product)
+            self.group_of[product] = group
+        self.classes = self.products
+
+    def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        product = rng.choice(self.groups[self.group_of[sample.label]])
+        return sample._replace(text=rng.choice(self.description[product]))
+
+
+class GroceryVE(Grocery):
+    """The same photographs as an entailment task of ours, two pairs a photograph: the first two sentences of the
+    description of this product, of another of its group (neutral), or of another group (contradiction)."""
+
+    flip = False
+    repeat = 2
+
+    def read_classes(self, path: Path, root: Path) -> None:
+        super().read_classes(path, root)
+        self.classes = SnliVE.classes
+
+    def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        own, group = sample.label, self.group_of[sample.label]
+        candidates = {"entailment": [own], "neutral": [p for p in self.groups[group] if p != own],
+                      "contradiction": [p for p in self.products if self.group_of[p] != group]}
+        label = rng.choice([name for name, products in candidates.items() if products])
+        text = " ".join(self.description[rng.choice(candidates[label])][:2])
+        return sample._replace(text=text, label=str(label))
+
+
+DATASETS = {"food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery, "grocery_ve": GroceryVE,
+            "jsonl": JsonLines}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def load(dataset: str, folder: str | Path, train_size: float | None = None, seed: int = 0) -> dict[str, Pairs]:
+    """-> the splits "train", "val" and "test".
+
+    `train_size` (a count, or a fraction below 1) keeps a stratified part of train, drawn by `seed`; a validation
+    split that a data set lacks is held out of train, stratified, by a fixed seed. Raises InputError.
+    """
+    source = DATASETS[dataset](Path(folder))
+    if not source.folder.is_dir():
+        source.require(source.folder)
+    splits, missing = {}, {}
+    has_val = not isinstance(source, JsonLines) or dataset in ("snli_ve", "mmimdb") or any(
+        (source.folder / f"{name}.jsonl").exists() for name in ("val", "dev"))
+    for split in ("train", "val", "test") if has_val else ("train", "test"):
+        splits[split], missing[split] = source.load_split(split), source.missing
+
+    if not has_val:
+        held_out = set(stratified(splits["train"], HELD_OUT, seed=0))
+        splits["val"] = [s for i, s in enumerate(splits["train"]) if i in held_out]
+        splits["train"] = [s for i, s in enumerate(splits["train"]) if i not in held_out]
+        source.notes["val"].append(f"held out of train: {HELD_OUT:.0%} of each class, by a fixed seed")
+    if train_size is not None:
+        splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
+
+    classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
+    several = isinstance(splits["train"][0].label, list)
+    for split, samples in splits.items():
+        for s in samples:
+            unknown = set(names_of(s.label)) - set(classes) - set(getattr(source, "products", ()))
+            if unknown or isinstance(s.label, list) != several:
+                raise InputError(f"{source.folder}, {split}, {s.id}: label {s.label!r}; expected "
+                                 f"{'a list' if several else 'one'} of the {len(classes)} classes of train")
+    pairs = {split: Pairs(source, split, splits[split], classes, seed) for split in ("train", "val", "test")}
+    for split, names in missing.items():
+        check_damaged(names, pairs[split])
+    return pairs
+
+
+def names_of(label: str | list[str]) -> list[str]:
+    return label if isinstance(label, list) else [label]
+
+
+def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
+    """Indices, in order, of a part that holds each label in the proportion of the whole.
+
+    Every sample gets its rank within its label, shuffled, as a fraction; those with the smallest are taken.
+    """
+    count = int(size) if size >= 1 else round(size * len(samples))
+    if not 0 < count <= len(samples):
+        raise InputError(f"--train-size {size}: expected 1 to {len(samples)} samples, or a fraction of them")
+    rng = np.random.default_rng(seed)
+    by_label = defaultdict(list)
+    for i in rng.permutation(len(samples)):
+        by_label[tuple(names_of(samples[i].label))].append(int(i))
+    order = sorted(((rank + rng.random()) / len(members), i)
+                   for members in by_label.values() for rank, i in enumerate(members))
+    return sorted(i for _, i in order[:count])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def load_tokenizer(folder: Path, length: int) -> Tokenizer:
+    """The tokenizer of a BERT folder; pads to the longest text of a batch, truncates at `length`, keeps [SEP]."""
+    try:
+        if (folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            tokenizer = BertWordPieceTokenizer.from_file(str(folder / "vocab.txt"), lowercase=True)._tokenizer
+    except Exception as error:  # the package raises plain Exception
+        raise InputError(f"{folder}: expected tokenizer.json or vocab.txt of a BERT ({error})") from None
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]") or 0, pad_token="[PAD]")
+    return tokenizer
+
+
+def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
+    """-> index [B], images [B, 3, S, S] uint8, texts [B, N] ids, labels [B] or [B, C], damaged file names."""
+    index, images, texts, targets, damaged = zip(*rows)
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    return {"index": torch.tensor(index), "images": torch.stack(images), "texts": torch.tensor(ids),
+            "labels": torch.from_numpy(np.array(targets)), "damaged": [name for name in damaged if name]}
+
+
+class Batches:
+    """Which samples make each batch of this process, as (epoch, index) pairs.
+
+    Set `epoch`, and `start` to skip the steps that an interrupted epoch has done, before iterating. In training
+    `batch_size` samples make a step, dealt out over processes and micro-batches, and an incomplete last step is
+    dropped; in evaluation every sample comes exactly once over all processes.
+    """
+
+    def __init__(self, count: int, batch_size: int, train: bool, seed: int, rank: int, world: int, accumulate: int):
+        self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.epoch = self.start = 0
+        self.steps = count // batch_size if train else -(-count // batch_size)
+        if train and batch_size % (world * accumulate):
+            raise InputError(f"--batch-size {batch_size} cannot be dealt out evenly over {world} processes with "
+                             f"--accumulate {accumulate}; give a multiple of {world * accumulate}")
+        if train and not self.steps:
+            raise InputError(f"{count} training samples do not fill a batch; give --batch-size {count} or lower")
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.count)
+        if self.train:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        for step in range(self.start, self.steps):
+            own = order[step * self.batch_size:(step + 1) * self.batch_size][self.rank::self.world]
+            for part in np.split(own, self.accumulate):
+                if len(part):
+                    yield [(self.epoch, int(i)) for i in part]
+
+
+def start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+
+
+def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batch_size: int, seed: int = 0, workers: int = 0,
+           train: bool = False, rank: int = 0, world: int = 1, accumulate: int = 1,
+           device: str = "cpu") -> DataLoader:
+    """A DataLoader of batches as `collate` makes them; its `batch_sampler` is a `Batches`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete with the workers
+    pairs.image_size = image_size
+    batches = Batches(len(pairs), batch_size, train, seed, rank, world, accumulate)
+    return DataLoader(pairs, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, tokenizer),
+                      pin_memory=device == "cuda", persistent_workers=workers > 0, worker_init_fn=start_worker)

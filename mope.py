@@ -1,0 +1,682 @@
+"""Conditional prompt tuning for multimodal fusion, with a mixture of prompt experts (MoPE), in one file.
+
+Paper A, which this file implements: Jiang, Liu, Chen, "Conditional Prompt Tuning for Multimodal Fusion",
+arXiv 2312.03734. Paper B is its successor, arXiv 2403.10568. Where neither settles a point, a comment says
+"we": the decision is ours.
+
+The idea. Two pretrained Transformers stay frozen. One modality, y ("prior"), is encoded first; its feature psi
+then steers the encoder of the other, x ("main"), by a few prompt tokens given to every one of its layers:
+
+    y --> frozen encoder --> psi --+--> router --> mixture of prompt experts --> dynamic prompts --+
+                                   +--> small MLP -----------------------------> mapped prompt  ---+--> layers of x
+                                        learned, the same for every input -----> static prompts ---+
+    x --> frozen encoder, prompted in every layer --> feature --> [feature, psi] --> linear head --> logits
+
+Only prompts, experts, router, MLP and head are trained: 0.7 % of the parameters of ViT-B/16 + BERT-base.
+
+Symbols, used in every shape below:
+
+    B  batch                     L  layers of the main encoder     P  prompts of a layer, all kinds together
+    N  tokens of a sequence      D  width of an encoder            l  prompts an expert holds
+    H  attention heads           C  classes                        k  experts of a layer
+
+Contents: attention and block - ViT - BERT - the three prompts - importance loss - fusion - pretrained weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class InputError(ValueError):
+    """A file, name or setting given from outside is wrong; the message says what to do about it."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attention and block
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √d) v for q [B, H, Nq, d] and k, v [B, H, Nk, d]; mask [B, 1, 1, Nk], True = visible."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    # On a CPU the backward pass of the fused kernel is slower than these three lines at our sequence lengths.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries and whose keys and values may come from different sequences."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # one matrix, rows in the order q, k, v, as checkpoints store it
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Queries of x [B, Nq, D] over keys and values of context [B, Nk, D] -> [B, Nq, D]."""
+        dim = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x, weight[:dim], bias[:dim])
+        k, v = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
+        out = attend(q, k, v, mask)
+        return self.proj(out.transpose(1, 2).flatten(2))  # [B, H, Nq, D/H] -> [B, Nq, D]
+
+
+class Block(nn.Module):
+    """A Transformer layer that can be prompted; pre-norm as in ViT, post-norm as in BERT.
+
+    Prompts are only ever attended to. The papers insert them into the sequence and throw their outputs away
+    after the layer; so no query, no attention output and no MLP of theirs is ever used, and giving the layer
+    their keys and values alone computes the same numbers with less work.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, mlp_dim), act=nn.GELU(), fc2=nn.Linear(mlp_dim, dim)))  # exact (erf) GELU
+
+    def forward(self, x: Tensor, prompts: Tensor | None = None, mask: Tensor | None = None,
+                queries: int | None = None) -> Tensor:
+        """x [B, N, D], prompts [B, P, D], mask [B, 1, 1, P + N] -> [B, N, D], or the first `queries` tokens.
+
+        The residual stream and the LayerNorms keep x's precision (float32); what enters a matrix product is
+        cast to the precision that the weights are held in (see `MoPE.hold_frozen`).
+        """
+        dtype = self.attn.qkv.weight.dtype
+        h = (self.norm1(x) if self.pre_norm else x).to(dtype)
+
+        context = h
+        if prompts is not None:
+            p = (self.norm1(prompts) if self.pre_norm else prompts).to(dtype)
+            context = torch.cat([p, h], dim=1)  # [B, P + N, D]
+
+        x = x[:, :queries] + self.attn(h[:, :queries], context, mask)
+        if self.pre_norm:
+            return x + self.mlp(self.norm2(x).to(dtype))
+        x = self.norm1(x)
+        return self.norm2(x + self.mlp(x.to(dtype)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The two encoders. Inside, names are those of the DINOv2 and BERT checkpoints. An encoder takes one tensor and
+# optionally prompts [L, B, P, D], and knows nothing of where they come from. Another encoder can take the
+# place of either: `MoPE` needs dim, depth, prompt_scale and this call.
+
+
+class Encoder(nn.Module):
+    """What ViT and BERT share: a stack of blocks, each with prompts of its own, and the choice of a feature."""
+
+    source: dict | None = None  # name and sha256 of the file that the weights came from; set by the loaders
+
+    def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool, pooling: str):
+        super().__init__()
+        if pooling not in ("cls", "mean"):
+            raise InputError(f"pooling is {pooling!r}; expected 'cls' or 'mean'")
+        self.dim, self.depth, self.pooling = dim, depth, pooling
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps, pre_norm) for _ in range(depth))
+
+    def run(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, queries: int | None) -> Tensor:
+        """x [B, N, D] through all blocks; mask [B, N], True = a real token, or None."""
+        if mask is not None:
+            if prompts is not None:
+                mask = F.pad(mask, (prompts.shape[2], 0), value=True)  # every token sees every prompt
+            mask = mask[:, None, None]  # [B, 1, 1, P + N]
+
+        for i, block in enumerate(self.blocks):
+            # A feature read off [CLS] needs no other output of the last layer, so the others are not computed.
+            last = i == self.depth - 1
+            x = block(x, None if prompts is None else prompts[i], mask, queries if last else None)
+        return x
+
+
+class ViT(Encoder):
+    """Vision Transformer (arXiv 2010.11929): torchvision's and DINOv2's weights both fit."""
+
+    mean = (0.485, 0.456, 0.406)  # of ImageNet: the statistics of both families
+    std = (0.229, 0.224, 0.225)
+
+    def __init__(self, image_size: int = 224, patch_size: int = 16, dim: int = 768, depth: int = 12,
+                 heads: int = 12, mlp_dim: int = 3072, eps: float = 1e-6, pooling: str = "cls"):
+        super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=True, pooling=pooling)
+        if image_size % patch_size:
+            raise InputError(f"image size {image_size} is not a multiple of the patch size {patch_size}; "
+                             f"try {round(image_size / patch_size) * patch_size}")
+        self.image_size, self.patch_size = image_size, patch_size
+        self.prompt_scale = math.sqrt(6 / (3 * patch_size ** 2 + dim))  # the uniform bound of VPT
+
+        self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (image_size // patch_size) ** 2, dim) * 0.02)
+        self.norm = nn.LayerNorm(dim, eps)
+        self.register_buffer("shift", 255 * torch.tensor(self.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", 255 * torch.tensor(self.std).view(3, 1, 1), persistent=False)
+
+    def tokens(self, images: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
+        """images [B, 3, S, S], uint8, not normalised -> tokens [B, 1 + N, D] after the final norm, [CLS] first."""
+        images = (images.float() - self.shift) / self.scale
+        x = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return self.norm(self.run(x, prompts, None, queries))
+
+    def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """images [B, 3, S, S] -> feature [B, D]: [CLS], or with pooling "mean" the mean of the patches."""
+        if self.pooling == "cls":
+            return self.tokens(images, prompts, queries=1)[:, 0]
+        return self.tokens(images, prompts)[:, 1:].mean(1)
+
+
+class BERT(Encoder):
+    """BERT (arXiv 1810.04805), post-norm, without the pooler, which only next-sentence prediction used."""
+
+    prompt_scale = 0.3  # the bound of the uniform start of prompts for text, from the authors' code for paper B
+    folder: Path | None = None  # where the tokenizer lies; set by the loader
+
+    def __init__(self, vocab_size: int = 30522, dim: int = 768, depth: int = 12, heads: int = 12,
+                 mlp_dim: int = 3072, max_length: int = 512, type_vocab: int = 2, eps: float = 1e-12,
+                 pad_id: int = 0, pooling: str = "mean"):
+        super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=False, pooling=pooling)
+        self.max_length, self.pad_id = max_length, pad_id
+        self.word_embeddings = nn.Embedding(vocab_size, dim)
+        self.position_embeddings = nn.Embedding(max_length, dim)
+        self.token_type_embeddings = nn.Embedding(type_vocab, dim)
+        self.norm = nn.LayerNorm(dim, eps)
+        for embedding in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def tokens(self, ids: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
+        """ids [B, N], padded with pad_id -> last hidden states [B, N, D]."""
+        x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
+        x = self.norm(x + self.token_type_embeddings.weight[0])  # a single text: every token is of type 0
+        return self.run(x, prompts, ids != self.pad_id, queries)
+
+    def forward(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """ids [B, N] -> feature [B, D]: the mean over real tokens, or with pooling "cls" the first token.
+
+        The authors' code reads [CLS]. We take the mean: in an encoder trained on masked words only, nothing
+        ever asked [CLS] to summarise the sentence.
+        """
+        if self.pooling == "cls":
+            return self.tokens(ids, prompts, queries=1)[:, 0]
+        real = (ids != self.pad_id).unsqueeze(-1)  # [B, N, 1]
+        return (self.tokens(ids, prompts) * real).sum(1) / real.sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The method: three kinds of prompts, the mixture of prompt experts, the importance loss
+
+
+def uniform(bound: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class ConditionalPrompts(nn.Module):
+    """psi, the feature of the prior modality -> prompts for every layer of the main encoder (paper A).
+
+        static   P_s,i  [l, D]  learned, the same for every input
+        dynamic  P_d,i  [l, D]  a mixture of k experts, mixed for this input
+        mapped   P_m,i  [1, D]  a two-layer MLP of psi
+
+    Each can be absent: static=0, experts=0 or dynamic=0, mapped=False. No loop runs over layers or experts.
+    """
+
+    def __init__(self, layers: int, dim: int, prior_dim: int, bound: float, static: int = 6, experts: int = 16,
+                 dynamic: int = 6, mapped: bool = True, hidden: int = 16, temperature: float = 0.1):
+        super().__init__()
+        self.layers, self.dim, self.temperature = layers, dim, temperature
+        self.k = experts if dynamic else 0
+        self.static = uniform(bound, layers, static, dim) if static else None
+        self.experts = uniform(bound, layers, self.k, dynamic, dim) if self.k else None
+
+        # All routers are one matrix. We start it small: divided by a temperature of 0.1, logits of ordinary
+        # size would saturate the softmax at once, and a saturated router hardly learns.
+        self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
+        if self.router is not None:
+            nn.init.normal_(self.router.weight, std=0.02)
+
+        # The paper gives no width of the mapper. 16 keeps ViT-B/16 + BERT-base at 0.74 % trainable.
+        self.mapper = nn.Sequential(
+            nn.Linear(prior_dim, hidden), nn.GELU(), nn.Linear(hidden, layers * dim)) if mapped else None
+
+    def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """r_i = softmax(W_r,i psi / tau + noise): routing to mix with, and free of noise, both [B, L, k]."""
+        if self.router is None:
+            one = psi.new_ones(len(psi), self.layers, 1)
+            return one, one
+        logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
+        routing = logits.softmax(-1)
+        if not self.training:
+            return routing, routing
+
+        # Noise while training only. The papers do not give its size; 1/k² stands in the authors' code.
+        noise = torch.randn_like(logits) / self.k ** 2
+        return (logits + noise).softmax(-1), routing
+
+    def forward(self, psi: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """psi [B, D_y] -> prompts [L, B, P, D] and the noise-free routing [B, L, k]; None where absent."""
+        psi = F.layer_norm(psi.float(), psi.shape[-1:])  # we: encoders differ in scale, router and MLP should not
+        prompts, routing = [], None
+        if self.static is not None:
+            prompts.append(self.static.unsqueeze(1).expand(-1, len(psi), -1, -1))  # [L, B, l, D]
+        if self.experts is not None:
+            mix, routing = self.route(psi)
+            # P_d,i = sum_j r_i,j E_i,j: a dense mixture, every expert weighted
+            prompts.append(torch.einsum("blk,lkpd->lbpd", mix, self.experts))
+        if self.mapper is not None:
+            prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))
+        return (torch.cat(prompts, dim=2) if prompts else None), routing
+
+
+def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
+    """Mean over layers of CV(Imp)², Imp(j) = sum over the batch of r_j; routing [B, L, k], free of noise.
+
+    0 when all experts are used equally, k - 1 when one takes everything. In a layer whose CV² is below the
+    threshold the gradient stops: the router may specialise as long as it does not degenerate. The sources
+    disagree on the threshold (0.05 or 0.1) and on CV or CV²; we take CV² < 0.05, layer by layer, with the
+    population standard deviation. The batch is that of this process and of this forward pass.
+    """
+    importance = routing.float().sum(0)  # [L, k]
+    cv2 = importance.var(-1, unbiased=False) / importance.mean(-1) ** 2  # [L]
+    return torch.where(cv2 < threshold, cv2.detach(), cv2).mean()
+
+
+def effective_experts(routing: Tensor) -> Tensor:
+    """exp(entropy of the mean routing), a layer each: k = all used alike, 1 = degenerated. [B, L, k] -> [L]."""
+    return torch.special.entr(routing.float().mean(0)).sum(-1).exp()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fusion
+
+
+class Output(NamedTuple):
+    logits: Tensor  # [B, C]
+    routing: Tensor | None  # [B, L, k], free of noise; None without experts
+    importance: Tensor  # scalar, to be added to the task's loss with a weight; 0 without a router
+
+
+class MoPE(nn.Module):
+    """Encode the prior modality, prompt the frozen main encoder with it, classify both features.
+
+        model = MoPE(load_vit("vit_b_16"), load_bert("bert-base-uncased"), num_classes=101)  # text -> vision
+        logits, routing, importance = model(images, input_ids)
+
+    Swap the encoders, and the inputs, for vision -> text. `prior_prompts` are ordinary learned prompts for the
+    prior encoder, as in the authors' code; with 0 of them it runs without autograd. The head sees both features
+    (`head="both"`; we: the authors' code uses the main one only), or "main", or "prior" alone.
+    `finetune=True` trains the encoders too, for comparison. The rest goes to `ConditionalPrompts`.
+    """
+
+    def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, prior_prompts: int = 4,
+                 head: str = "both", finetune: bool = False, **prompt_sizes):
+        super().__init__()
+        if head not in ("both", "main", "prior"):
+            raise InputError(f"head is {head!r}; expected 'both', 'main' or 'prior'")
+        self.main, self.prior, self.head_sees, self.finetune = main, prior, head, finetune
+        self.prompts = ConditionalPrompts(main.depth, main.dim, prior.dim, main.prompt_scale, **prompt_sizes)
+        self.prior_prompts = uniform(
+            prior.prompt_scale, prior.depth, prior_prompts, prior.dim) if prior_prompts else None
+        width = {"both": main.dim + prior.dim, "main": main.dim, "prior": prior.dim}[head]
+        self.head = nn.Linear(width, num_classes)
+
+        # Frozen by module, never by the names of parameters.
+        for encoder in (main, prior):
+            encoder.requires_grad_(finetune)
+        self.train()
+
+    def train(self, mode: bool = True) -> MoPE:
+        """As usual, but frozen encoders stay in evaluation mode."""
+        super().train(mode)
+        for encoder in (self.main, self.prior):
+            encoder.train(mode and self.finetune)
+        return self
+
+    def hold_frozen(self, dtype: torch.dtype) -> MoPE:
+        """Keep the frozen matrices in `dtype`, instead of casting them in every step; norms stay float32."""
+        for encoder in () if self.finetune else (self.main, self.prior):
+            for module in encoder.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    module.to(dtype)
+        return self
+
+    def prior_feature(self, y: Tensor) -> Tensor:
+        """psi = E_y(y), [B, D_y]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.finetune or self.prior_prompts is not None)):
+            if self.prior_prompts is None:
+                return self.prior(y)
+            return self.prior(y, self.prior_prompts.unsqueeze(1).expand(-1, len(y), -1, -1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Output:
+        """x: batch of the main modality, y: of the prior one; images [B, 3, S, S] uint8 or ids [B, N]."""
+        psi = self.prior_feature(y)
+        prompts, routing = self.prompts(psi)
+        features = [self.main(x, prompts)] if self.head_sees != "prior" else []
+        if self.head_sees != "main":
+            features.append(psi)
+        logits = self.head(torch.cat(features, dim=-1).float())  # x_cls and psi_y -> classes
+
+        no_router = self.prompts.router is None
+        importance = logits.new_zeros(()) if no_router else importance_loss(routing)
+        return Output(logits, routing, importance)
+
+    def trained_state(self) -> dict:
+        """What was trained, as plain data for `torch.save`, and which backbone files it belongs to."""
+        weights = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
+        return {"weights": weights, "backbones": {"main": self.main.source, "prior": self.prior.source}}
+
+    def load_trained_state(self, state: dict) -> MoPE:
+        """The reverse. Raises InputError for other backbones, and for weights missing, unexpected or misshapen."""
+        for part, encoder in (("main", self.main), ("prior", self.prior)):
+            want, have = state["backbones"][part], encoder.source
+            if want and have and want["sha256"] != have["sha256"]:
+                raise InputError(f"trained with {want['name']} (sha256 {want['sha256'][:8]}…) as {part} encoder, but "
+                                 f"{have['name']} (sha256 {have['sha256'][:8]}…) is loaded; load the former")
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        check_total(own, state["weights"], "the trained state")
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(state["weights"][name])
+        return self
+
+    def report(self) -> str:
+        """A table: total, frozen and trainable parameters by part."""
+        p = self.prompts
+        parts = {"main encoder": self.main, "prior encoder": self.prior, "prior prompts": self.prior_prompts,
+                 "static prompts": p.static, "experts": p.experts, "router": p.router, "mapper": p.mapper,
+                 "head": self.head, "all": self}
+        lines = [f"{'parameters':<16}{'total':>14}{'frozen':>14}{'trainable':>14}"]
+        for name, part in parts.items():
+            tensors = [] if part is None else [part] if isinstance(part, Tensor) else list(part.parameters())
+            total, trained = (sum(t.numel() for t in tensors if t.requires_grad or every) for every in (1, 0))
+            lines.append(f"{name:<16}{total:>14,}{total - trained:>14,}{trained:>14,}")
+        return "\n".join(lines) + f"  = {trained / total:.2%}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pretrained weights. A path wins, then the cache (torch's hub folder), then a download that is checked.
+
+TORCHVISION, DINOV2 = "https://download.pytorch.org/models/", "https://dl.fbaipublicfiles.com/dinov2/"
+VISION = {  # name -> url, first digits of the sha256
+    "vit_b_16": (TORCHVISION + "vit_b_16-c867db91.pth", "c867db91"),
+    "vit_b_32": (TORCHVISION + "vit_b_32-d86f8d99.pth", "d86f8d99"),
+    "vit_l_16": (TORCHVISION + "vit_l_16-852ce7e3.pth", "852ce7e3"),
+    "dinov2_vits14": (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth",
+                      "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "dinov2_vitb14": (DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+                      "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+}
+BERT_BASE, BERT_BASE_REVISION = "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"
+BERT_BASE_HASHES = {
+    "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "tokenizer.json": "ce64fce797c24f68df90b40a3f74f579b336a493db14bd583fd520ea0d8c9a98",
+}
+
+
+def load_vit(name: str, image_size: int = 224, heads: int | None = None) -> ViT:
+    """A ViT in float32 from a name of `VISION` or a file in torchvision's or DINOv2's format.
+
+    Sizes are read off the tensors. The number of heads is not in them: it follows from the width in every
+    public ViT of these widths; give `heads` for another. Raises InputError.
+    """
+    path = find_vit(name)
+    weights = rename_vit(read_weights(path), path)
+    try:
+        dim, _, patch_size, _ = weights["patch_embed.weight"].shape
+        mlp_dim = len(weights["blocks.0.mlp.fc1.weight"])
+        positions = weights["pos_embed"]
+    except KeyError as error:
+        raise InputError(f"{path}: no tensor for {error}; this is not a ViT of torchvision or DINOv2") from None
+    heads = heads or {384: 6, 768: 12, 1024: 16}.get(dim)
+    if heads is None:
+        raise InputError(f"{path}: a ViT of width {dim}; expected 384, 768 or 1024, or give the number of heads")
+
+    vit = ViT(image_size, patch_size, dim, count_blocks(weights), heads, mlp_dim)
+    weights["pos_embed"] = resize_positions(positions, image_size // patch_size)
+    return finish(vit, weights, path, name)
+
+
+def load_bert(name: str, pooling: str = "mean") -> BERT:
+    """A BERT in float32 from a folder (config.json, weights, tokenizer) or a hub id. Raises InputError."""
+    folder = find_bert(name)
+    path = next((folder / f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).exists()), None)
+    if path is None or not (folder / "config.json").exists():
+        raise InputError(f"{folder}: no {'config.json' if path else 'model.safetensors or pytorch_model.bin'} in "
+                         "it; expected config.json, the weights and tokenizer.json or vocab.txt of a BERT")
+    try:
+        c = json.loads((folder / "config.json").read_text("utf-8"))
+        sizes = (c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
+                 c["intermediate_size"], c["max_position_embeddings"], c["type_vocab_size"])
+        kind = c["model_type"], c["hidden_act"], c.get("position_embedding_type", "absolute")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'}: not the configuration of a BERT ({error!r})") from None
+    if kind != ("bert", "gelu", "absolute"):
+        raise InputError(f"{folder / 'config.json'}: {kind}; only ('bert', 'gelu', 'absolute') is implemented")
+
+    bert = BERT(*sizes, eps=c["layer_norm_eps"], pad_id=c.get("pad_token_id", 0), pooling=pooling)
+    bert.folder = folder
+    return finish(bert, rename_bert(read_weights(path)), path, name)
+
+
+def rename_vit(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """torchvision's or DINOv2's names -> ours; DINOv2's LayerScale becomes part of the projections."""
+    if "class_token" in weights:  # torchvision
+        table = {r"^class_token": "cls_token", r"^conv_proj": "patch_embed", r"^encoder\.pos_embedding": "pos_embed",
+                 r"^encoder\.layers\.encoder_layer_": "blocks.", r"^encoder\.ln\.": "norm.", r"\.ln_": ".norm",
+                 r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj",
+                 r"mlp\.(linear_1|0)\.": "mlp.fc1.", r"mlp\.(linear_2|3)\.": "mlp.fc2."}
+        return rename(weights, table, unused=r"heads\.")
+
+    weights = rename(weights, {r"^patch_embed\.proj": "patch_embed"}, unused="mask_token|head")
+    # LayerScale multiplies the output channels of a branch, so scaling the last matrix's rows does the same.
+    for i in range(count_blocks(weights)):
+        for scale, last in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
+            gamma = weights.pop(f"blocks.{i}.{scale}", None)
+            for name in (f"blocks.{i}.{last}.weight", f"blocks.{i}.{last}.bias"):
+                if gamma is not None and name in weights:
+                    weights[name] = (weights[name].T * gamma).T
+    return weights
+
+
+def rename_bert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT's names, old or new, with or without the prefix -> ours; query, key and value become one matrix."""
+    table = {r"^bert\.": "", r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "LayerNorm.bias",
+             r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
+             r"attention\.output\.dense": "attn.proj", r"attention\.output\.LayerNorm": "norm1",
+             r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"output\.LayerNorm": "norm2"}
+    weights = rename(weights, table, unused=r"(bert\.)?(pooler|embeddings\.position_ids)|cls\.")
+    for i in range(count_blocks(weights)):
+        for kind in ("weight", "bias"):
+            names = [f"blocks.{i}.attention.self.{part}.{kind}" for part in ("query", "key", "value")]
+            if all(name in weights for name in names):
+                weights[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([weights.pop(name) for name in names])
+    return weights
+
+
+def rename(weights: dict[str, Tensor], table: dict[str, str], unused: str) -> dict[str, Tensor]:
+    """Apply the regular expressions of a table in order to all names; drop what the encoder has no use for."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if not re.match(unused, name):
+            for pattern, replacement in table.items():
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = tensor.float()
+    return renamed
+
+
+def count_blocks(weights: dict[str, Tensor]) -> int:
+    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Positions [1, 1 + n², D] of an n×n grid of patches -> [1, 1 + side², D].
+
+    Bicubic with antialias, as timm does. DINOv2's own code uses no antialias and an offset of 0.1: the two
+    differ, and a feature made with one is not quite the feature made with the other.
+    """
+    n = math.isqrt(positions.shape[1] - 1)
+    if n == side:
+        return positions
+    grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)  # [1, D, n, n]
+    grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def check_total(own: dict[str, Tensor], given: dict[str, Tensor], origin: str | Path) -> None:
+    """Raise InputError unless names and shapes are equal: nothing missing, nothing left over."""
+    shapes = [name for name in own if name in given and own[name].shape != given[name].shape]
+    problems = {"missing": own.keys() - given.keys(), "unexpected": given.keys() - own.keys(), "misshapen": shapes}
+    found = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
+             for what, names in problems.items() if names]
+    if found:
+        raise InputError(f"{origin}: {'; '.join(found)} of {len(own)} tensors; this is not the model it is read as")
+
+
+def finish(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str) -> Encoder:
+    """Load all weights or none, note where they came from, say so in a line."""
+    check_total(encoder.state_dict(), weights, path)
+    encoder.load_state_dict(weights)
+    encoder.source = {"name": str(name), "sha256": sha256_of(path)}
+    count = sum(p.numel() for p in encoder.parameters())
+    print(f"loaded {len(weights)} tensors, {count:,} parameters, from {path}")
+    return encoder.eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickle, which is opened with weights_only=True."""
+    try:
+        weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True)
+        if isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values()):
+            return weights
+        wrong = "it holds something else than named tensors"
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        with path.open("rb") as file:
+            start = file.read(200).lstrip()
+        wrong = ("it is empty" if not start else
+                 "it is a web page, not the file that the page links to" if start.startswith(b"<") else
+                 "it is a git-LFS pointer (run `git lfs pull`)" if start.startswith(b"version https://git-lfs") else
+                 f"it is truncated or of another format ({str(error).splitlines()[0][:100] if str(error) else error!r})")
+    raise InputError(f"{path}: not a weight file: {wrong}; delete it and download it again") from None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data, offsets from 8 + n."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    data = bytearray(path.read_bytes())
+    n = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:n])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, t in header.items():
+        (start, end), dtype, count = t["data_offsets"], dtypes[t["dtype"]], math.prod(t["shape"])
+        if not 0 <= start <= end <= len(data) - n or end - start != count * dtype.itemsize:
+            raise ValueError(f"the data of {name} lie outside the file")
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=n + start).view(t["shape"])
+    return tensors
+
+
+def cache_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find_vit(name: str) -> Path:
+    """The file of a vision encoder: a path, or a name of `VISION` in the cache, or downloaded there."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name not in VISION:
+        raise InputError(f"vision encoder {name!r}: no such file, nor one of the names {', '.join(VISION)}")
+    url, sha256 = VISION[name]
+    return download(url, cache_folder() / url.rsplit("/", 1)[1], sha256)
+
+
+def find_bert(name: str) -> Path:
+    """The folder of a text encoder: a path, or a hub id in the cache, or downloaded there."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    repo = BERT_BASE if name == "bert-base-uncased" else name
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
+        raise InputError(f"text encoder {name!r}: no such folder, nor a hub id (owner/name) or bert-base-uncased")
+    revision, hashes = (BERT_BASE_REVISION, BERT_BASE_HASHES) if repo == BERT_BASE else ("main", {})
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    folder = cache_folder() / repo.replace("/", "--")
+
+    for choice in (["config.json"], ["model.safetensors", "pytorch_model.bin"], ["tokenizer.json", "vocab.txt"]):
+        if any((folder / file).exists() for file in choice):
+            continue
+        for file in choice:
+            url = f"{endpoint}/{repo}/resolve/{revision}/{file}"
+            try:
+                download(url, folder / file, hashes.get(file, ""))
+                break
+            except FileNotFoundError:  # the hub answers, but has no such file: try the other format
+                if file == choice[-1]:
+                    raise InputError(f"text encoder {name!r}: no such folder here, and {url} does not exist") from None
+    return folder
+
+
+def download(url: str, path: Path, sha256: str = "") -> Path:
+    """Fetch url to path unless it is there: complete and, where its hash is known, checked; or not at all."""
+    if path.exists():
+        return path
+    partial = path.with_name(path.name + ".part")
+    print(f"downloading {url} to {path}", file=sys.stderr)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20) as reply:
+            length = reply.headers["Content-Length"]
+        torch.hub.download_url_to_file(url, str(partial), sha256 or None, progress=sys.stderr.isatty())
+        if length and partial.stat().st_size != int(length):
+            raise OSError(f"{partial.stat().st_size:,} of {int(length):,} bytes arrived")
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors; a wrong hash, a RuntimeError
+        partial.unlink(missing_ok=True)
+        if isinstance(error, urllib.error.HTTPError) and error.code == 404:
+            raise FileNotFoundError(url) from None
+        raise InputError(f"could not download {url} ({error}); without a network, put that file at {path}") from None
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256, remembered with its size and time in a small file of the cache folder."""
+    path, memory = path.resolve(), cache_folder() / "mope_sha256.json"
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if known.get(str(path), [None])[:2] != stamp:
+        known[str(path)] = [*stamp, hashlib.sha256(path.read_bytes()).hexdigest()]
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps(known))
+        except OSError:
+            pass  # a read-only cache: the hash is computed again next time
+    return known[str(path)][2]

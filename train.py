@@ -1,0 +1,540 @@
+"""Train, evaluate and look at MoPE: `python train.py --help`. A plain loop; the method is in mope.py."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from mope import InputError, MoPE, effective_experts, load_bert, load_vit
+
+# Everything that a data set decides; any flag overrides. lr and weight decay are for AdamW; text_length
+# counts word pieces, [CLS] and [SEP] included.
+DEFAULTS = {
+    "food101":  dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=128),
+}
+COMMON = dict(
+    device="auto", precision="auto", vision="vit_b_16", text="bert-base-uncased", image_size=224, pooling="mean",
+    main="vision", static=6, experts=16, dynamic=6, mapped=True, prior_prompts=4, importance=0.01,
+    seed=0, workers=2, accumulate=1, train_size=None)
+
+# A resumed or evaluated run may move to another place or machine; all else must stay as it was.
+MOVABLE = ("data_dir", "vision", "text", "device", "workers")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags as typed: what was not given is None, so that a resumed run can tell a contradiction."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_off = argparse.BooleanOptionalAction
+
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=sorted(DEFAULTS))
+    g.add_argument("--data-dir", help="its folder; default data/<dataset>")
+    g.add_argument("--train-size", type=float, help="train on N samples, or a fraction below 1, drawn by --seed")
+    g.add_argument("--text-length", type=int, help="word pieces kept of a text; lower it if memory runs out")
+
+    g = p.add_argument_group("model")
+    g.add_argument("--vision", help="vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, or a file")
+    g.add_argument("--text", help="bert-base-uncased, another hub id owner/name, or a folder")
+    g.add_argument("--image-size", type=int, help="a multiple of the patch size; lower is faster; default 224")
+    g.add_argument("--pooling", choices=["mean", "cls"], help="the feature of a text")
+    g.add_argument("--main", choices=["vision", "text"], help="the modality that is prompted with the other")
+    g.add_argument("--static", type=int, help="static prompts a layer; default 6")
+    g.add_argument("--experts", type=int, help="prompt experts a layer; default 16")
+    g.add_argument("--dynamic", type=int, help="prompts an expert holds; default 6")
+    g.add_argument("--mapped", action=on_off, default=None, help="one prompt a layer mapped from the other modality")
+    g.add_argument("--prior-prompts", type=int, help="learned prompts a layer of the prior encoder; default 4")
+    g.add_argument("--importance", type=float, help="weight of the importance loss; default 0.01")
+
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=int)
+    g.add_argument("--batch-size", type=int, help="samples a step, over all processes and micro-batches")
+    g.add_argument("--accumulate", type=int, help="micro-batches a step: raise it if memory runs out")
+    g.add_argument("--lr", type=float)
+    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--seed", type=int)
+
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], help="auto is cuda, else mps, else cpu")
+    g.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"],
+                   help="auto is bfloat16 where the hardware multiplies it fast, else float32")
+    g.add_argument("--workers", type=int, help="processes that read images; 0 reads in the main one")
+
+    g = p.add_argument_group("runs")
+    g.add_argument("--out", help="folder of the run; default runs/<dataset>")
+    g.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
+    g.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    g.add_argument("--eval", action="store_true", help="evaluate --checkpoint, train nothing")
+    g.add_argument("--checkpoint", metavar="FILE", help="best.pt or last.pt of a run")
+    return p.parse_args(argv)
+
+
+def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
+    """-> the run's whole configuration, the checkpoint to go on from (or None), the run's folder."""
+    actions = ("overwrite", "resume", "eval", "checkpoint")
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in actions}
+    if args.eval != bool(args.checkpoint):
+        raise InputError("--eval and --checkpoint FILE go together")
+
+    if args.resume or args.checkpoint:
+        path = Path(args.checkpoint or Path(args.resume) / "last.pt")
+        state = load_checkpoint(path)
+        wrong = [k for k, v in given.items() if k not in MOVABLE and v != state["config"].get(k)]
+        if wrong:
+            key = wrong[0]
+            raise InputError(f"--{key.replace('_', '-')} {given[key]} contradicts {path}, which was made with "
+                             f"{state['config'].get(key)}; leave it out, or start a new run with another --out")
+        return {**state["config"], **given}, state, path.parent
+
+    if args.dataset is None:
+        raise InputError("no data set: give --dataset, one of " + ", ".join(DEFAULTS))
+    config = {**COMMON, "dataset": args.dataset, "data_dir": f"data/{args.dataset}", **DEFAULTS[args.dataset], **given}
+    out = Path(config.pop("out", f"runs/{args.dataset}"))
+    size = config["train_size"]
+    if size is not None:
+        if size <= 0 or (size > 1 and size != int(size)):
+            raise InputError(f"--train-size {size}: expected a count, or a fraction between 0 and 1")
+        config["train_size"] = int(size) if size >= 1 else size
+    for key, least in dict(epochs=1, batch_size=1, accumulate=1, text_length=3, static=0, experts=0, dynamic=0,
+                           prior_prompts=0, workers=0, importance=0, lr=0, weight_decay=0).items():
+        if config[key] < least:
+            raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {least}")
+    check_out(out, config, args.overwrite)
+    return config, None, out
+
+
+def check_out(out: Path, config: dict, overwrite: bool) -> None:
+    """Never write over another run unasked; exit 0 if this very run is finished already."""
+    if overwrite or not (out / "config.json").exists():
+        return
+    old = json.loads((out / "config.json").read_text())["config"]
+    differs = [k for k in config if k not in MOVABLE and config[k] not in (old.get(k), "auto")]
+    if differs:
+        key = differs[0]
+        raise InputError(f"{out} holds a run of other settings ({key}: {old.get(key)}, now {config[key]}); "
+                         "give another --out, or --overwrite to replace it")
+    if (out / "results.json").exists():
+        print(f"{out} holds this run, finished: {(out / 'results.json').read_text()}")
+        sys.exit(0)
+    if (out / "last.pt").exists():
+        raise InputError(f"{out} holds this run, unfinished; continue it with: python train.py --resume {out}")
+
+
+def pick_device(name: str) -> torch.device:
+    ready = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n in ready if ready[n])
+    if not ready[name]:
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; "
+                         "use --device auto, or install the build of PyTorch for it")
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """-> the precision of matrix products, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        good, unit = torch.cuda.get_device_capability(device) >= (8, 0), "bfloat16 tensor cores"
+    else:
+        good = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        unit = "bfloat16 matrix unit"
+    return (torch.bfloat16, f"it has {unit}s") if good else (torch.float32, f"it has no {unit}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of a run: all are written whole or not at all
+
+
+def write(path: Path, content: str | dict) -> None:
+    """Text, or a checkpoint: to a temporary file beside it, synced, then renamed."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer) if isinstance(content, dict) else buffer.write(content.encode())
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path) -> dict:
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; expected last.pt or best.pt in the folder of a run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "config": dict(state["config"]), "trained": dict(state["trained"])}
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        raise InputError(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "tokenizers", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes (one, or several under torchrun) and signals
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*words: object) -> None:
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM (its number is the argument) came, and the step in hand is finished."""
+
+
+class Signals:
+    """The first Ctrl-C or SIGTERM asks for an orderly stop, the second one leaves at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: object) -> None:
+        self.number = number
+        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+        for n in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(n, signal.SIG_DFL)
+
+    def check(self) -> None:
+        if self.number:
+            raise Stopped(self.number)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Model, evaluation, metrics
+
+
+def build(config: dict, classes: list[str], device: torch.device, dtype: torch.dtype) -> tuple[MoPE, object]:
+    """-> the model, and the tokenizer of its text encoder."""
+    encoders = {"vision": load_vit(config["vision"], config["image_size"]),
+                "text": load_bert(config["text"], config["pooling"])}
+    text = encoders["text"]
+    if config["text_length"] > text.max_length:
+        raise InputError(f"--text-length {config['text_length']}: {config['text']} reads at most {text.max_length}")
+    main = encoders.pop(config["main"])
+    torch.manual_seed(config["seed"])  # prompts, router, MLP and head
+    model = MoPE(main, *encoders.values(), len(classes), prior_prompts=config["prior_prompts"],
+                 static=config["static"], experts=config["experts"], dynamic=config["dynamic"],
+                 mapped=config["mapped"])
+    return model.hold_frozen(dtype).to(device), data.load_tokenizer(text.folder, config["text_length"])
+
+
+def inputs(batch: dict, config: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> main modality, prior modality, labels, on the device."""
+    images, texts, labels = (batch[k].to(device, non_blocking=True) for k in ("images", "texts", "labels"))
+    return (images, texts, labels) if config["main"] == "vision" else (texts, images, labels)
+
+
+def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy for one label [B]; unweighted binary cross-entropy for several [B, C]."""
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    return F.cross_entropy(logits, labels)
+
+
+def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Of a whole split: accuracy, or for several labels F1 at a threshold of 0.5."""
+    scores = {"loss": task_loss(logits, labels).item()}
+    if not labels.is_floating_point():
+        return {"accuracy": (logits.argmax(-1) == labels).float().mean().item(), **scores}
+    chosen, true = logits > 0, labels > 0
+    hit, wrong = (chosen & true).sum(0), (chosen ^ true).sum(0)  # F1 = 2 TP / (2 TP + FP + FN), 0 where undefined
+    return {"f1_micro": (2 * hit.sum() / (2 * hit + wrong).sum().clamp(min=1)).item(),
+            "f1_macro": (2 * hit / (2 * hit + wrong).clamp(min=1)).mean().item(), **scores}
+
+
+@torch.no_grad()
+def evaluate(model: MoPE, loader, config: dict, device, autocast, signals: Signals) -> tuple[dict, dict]:
+    """A whole split -> its metrics, and the rows behind them in the split's order; no sample counts twice."""
+    model.eval()
+    rows, damaged = [], set()
+    for batch in tqdm(loader, "evaluating", disable=None if rank() == 0 else True, leave=False):
+        if world() == 1:
+            signals.check()
+        x, y, labels = inputs(batch, config, device)
+        with autocast:
+            logits, routing, _ = model(x, y)
+        routing = logits.new_zeros(len(logits), 0, 0) if routing is None else routing
+        rows.append([t.float().cpu() if t.is_floating_point() else t.cpu()
+                     for t in (batch["index"], logits, labels, routing)])
+        damaged.update(batch["damaged"])
+    model.train()
+
+    if world() > 1:  # every process has its own samples of the split
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, (rows, damaged))
+        rows = [row for part, _ in gathered for row in part]
+        damaged = set().union(*(part for _, part in gathered))
+    data.check_damaged(damaged, loader.dataset)
+    index, logits, labels, routing = (torch.cat(column) for column in zip(*rows))
+    order = index.argsort()
+    logits, labels, routing = logits[order], labels[order], routing[order]
+    result = {"samples": len(index), **metrics(logits, labels)}
+    if routing.numel():
+        result["effective_experts"] = [round(e, 3) for e in effective_experts(routing).tolist()]
+    return result, dict(logits=logits, labels=labels, routing=routing, damaged=damaged)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """A pure function of the step: linear warm-up over the first 5 %, then a cosine to zero."""
+    warmup = max(1, round(0.05 * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    config, state, out = resolve(args)
+    device = pick_device(config["device"])
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype, why = pick_precision(config["precision"], device)
+    config["precision"] = str(dtype).removeprefix("torch.")
+    torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    signals = Signals()
+
+    # Data first: a missing folder is found before any model is built.
+    splits = data.load(config["dataset"], config["data_dir"], config["train_size"], config["seed"])
+    classes = splits["train"].classes
+    if state and state["classes"] != classes:
+        raise InputError(f"{config['data_dir']}: other classes than those the checkpoint was trained on")
+    for name, split in splits.items():
+        say(f"{name}: {len(split):,} samples", *(f"\n  {note}" for note in split.notes))
+    say(f"device: {device}, {config['precision']} ({why}), {world()} process{'es' if world() > 1 else ''}")
+
+    if rank() == 0:
+        model, tokenizer = build(config, classes, device, dtype)  # the first process downloads for all
+    if world() > 1:
+        dist.barrier()
+        if rank() > 0:
+            model, tokenizer = build(config, classes, device, dtype)
+    say(model.report())
+    loaders = {name: data.loader(
+        split, tokenizer, config["image_size"], config["batch_size"], config["seed"], config["workers"],
+        train=name == "train", rank=rank(), world=world(), accumulate=config["accumulate"] if name == "train" else 1,
+        device=device.type) for name, split in splits.items()}
+
+    if args.eval:
+        model.load_trained_state(state["trained"])
+        result, _ = evaluate(model, loaders["test"], config, device, autocast, signals)
+        say(f"{args.checkpoint}, test:", json.dumps(result))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    train(config, state, out, model, loaders, device, dtype, autocast, signals)
+
+
+def train(config, state, out, model, loaders, device, dtype, autocast, signals) -> None:
+    """The training loop, from the start or from a checkpoint, and the final evaluation."""
+    loader, batches = loaders["train"], loaders["train"].batch_sampler
+    epochs, accumulate, steps = config["epochs"], config["accumulate"], batches.steps
+    metric = "f1_micro" if loader.dataset.multilabel else "accuracy"
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config["lr"], weight_decay=config["weight_decay"],
+                                  fused=device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+
+    # All that training changes beside weights, optimizer and scaler. Random numbers need no state: data and
+    # router noise are functions of the seed, the epoch or step, and the sample or process.
+    at = dict(epoch=0, step=0, losses=[], best=-1.0, best_epoch=0, validation={}, damaged=[], seconds=0.0,
+              images=0, log=[])
+    if state:
+        model.load_trained_state(state["trained"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        at = state["at"]
+        say(f"resumed {out} at epoch {at['epoch'] + 1}, step {at['step']} of {steps}")
+
+    def save(name: str) -> None:
+        if rank() == 0:
+            write(out / name, dict(
+                config=config, versions=versions(), classes=loader.dataset.classes, at=at,
+                trained=model.trained_state(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+
+    if not state:
+        save("last.pt")
+        if rank() == 0:
+            write(out / "config.json", json.dumps({"config": config, "versions": versions()}, indent=1))
+
+    pending = []  # losses still on the device
+    every = 1 if device.type == "cpu" and world() == 1 else 10  # steps between two looks at them
+
+    def look() -> bool:
+        """Bring pending losses to the host (nothing else in a step waits for the device); True = stop now."""
+        values = torch.stack([*pending, pending[0].new_tensor(signals.number)])
+        if world() > 1:  # all processes see the same losses and the same signal, and leave together
+            dist.all_reduce(values)
+        *losses, signalled = values.tolist()
+        pending.clear()
+        for loss in losses:
+            at["losses"].append(loss / world())
+            if not math.isfinite(loss):
+                raise InputError(f"the loss or its gradient is not finite at epoch {at['epoch'] + 1}, step "
+                                 f"{len(at['losses'])}; {out}/last.pt is from before. Try a lower --lr"
+                                 + (" or --precision float32" if dtype != torch.float32 else ""))
+        return signalled > 0
+
+    try:
+        while at["epoch"] < epochs:
+            began = time.perf_counter()
+            batches.epoch, batches.start = at["epoch"], at["step"]
+            micro_batches = iter(loader)
+            for _ in tqdm(range(at["step"], steps), f"epoch {at['epoch'] + 1}/{epochs}", initial=at["step"],
+                          total=steps, leave=False, disable=None if rank() == 0 else True):
+                step = at["epoch"] * steps + at["step"]
+                torch.manual_seed((config["seed"] << 40) + (step << 12) + rank())
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, epochs * steps, config["lr"])
+
+                loss = torch.zeros((), device=device)
+                for micro in range(accumulate):
+                    batch = next(micro_batches)
+                    at["damaged"] += batch["damaged"]
+                    x, y, labels = inputs(batch, config, device)
+                    synchronise = world() == 1 or micro == accumulate - 1
+                    with nullcontext() if synchronise else network.no_sync():
+                        with autocast:
+                            logits, _, importance = network(x, y)
+                            part = task_loss(logits.float(), labels) + config["importance"] * importance
+                        scaler.scale(part / accumulate).backward()
+                    loss += part.detach() / accumulate
+
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+                if not scaler.is_enabled():  # with a scaler, an infinite gradient is ordinary: it skips the step
+                    bad = ~torch.isfinite(norm)
+                    loss = loss.masked_fill(bad, math.nan)
+                    for p in trainable:
+                        p.grad.masked_fill_(bad, 0)
+                pending.append(loss)
+
+                last = at["step"] == steps - 1
+                stop = look() if len(pending) == every or last or (world() == 1 and signals.number) else False
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                at["step"] += 1
+                at["images"] += config["batch_size"]
+                if stop:
+                    at["seconds"] += time.perf_counter() - began
+                    raise Stopped(signals.number or signal.SIGTERM)
+
+            at["seconds"] += time.perf_counter() - began
+            data.check_damaged(set(at["damaged"]), loader.dataset)
+            validation, _ = evaluate(model, loaders["val"], config, device, autocast, signals)
+            train_loss = sum(at["losses"]) / steps
+            at.update(epoch=at["epoch"] + 1, step=0, losses=[], damaged=sorted(set(at["damaged"])))
+            at["log"].append({"epoch": at["epoch"], "train_loss": train_loss, "validation": validation,
+                              "seconds": round(at["seconds"], 1)})
+            experts = validation.get("effective_experts")
+            say(f"epoch {at['epoch']}/{epochs}  train loss {train_loss:.4f}  validation {metric} "
+                f"{validation[metric]:.4f}  loss {validation['loss']:.4f}  "
+                + (f"experts used {min(experts):.1f}-{max(experts):.1f} of {config['experts']}  " if experts else "")
+                + f"{at['images'] / at['seconds']:.1f} images/s")
+            improved = validation[metric] > at["best"]
+            if improved:
+                at.update(best=validation[metric], best_epoch=at["epoch"], validation=validation)
+                save("best.pt")
+            if rank() == 0:
+                write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
+            save("last.pt")
+
+        best = load_checkpoint(out / "best.pt")
+        model.load_trained_state(best["trained"])
+        test, rows = evaluate(model, loaders["test"], config, device, autocast, signals)
+    except Stopped:
+        save("last.pt")
+        say(f"stopped; continue with: python train.py --resume {out}")
+        raise
+
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (1, 0))
+    results = dict(
+        dataset=config["dataset"], seed=config["seed"], epochs=epochs, best_epoch=best["at"]["best_epoch"], test=test,
+        validation=best["at"]["validation"], trainable_parameters=trained, total_parameters=total,
+        seconds=round(at["seconds"], 1), images_per_second=round(at["images"] / at["seconds"], 1),
+        damaged_images=len(set(at["damaged"]) | rows["damaged"]), device=str(device), precision=config["precision"])
+    if device.type == "cuda":
+        results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+    if rank() == 0:
+        write(out / "results.json", json.dumps(results, indent=1))
+    say(f"test, with the weights of epoch {results['best_epoch']}: {metric} {test[metric]:.4f} on {test['samples']:,} "
+        f"samples; all results in {out}/results.json")
+
+
+def cli() -> None:
+    """main(), with everything that is not a bug of ours told in a sentence."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.args[0])
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print("error: out of memory; raise --accumulate (the same result in smaller parts), or lower --batch-size, "
+              "--text-length or --image-size, then continue with --resume", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: cannot write {error.filename or ''}: {error.strerror}; the files of the run are whole as they "
+              "were; make room, then continue with --resume", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli()
