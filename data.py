@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import textwrap
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,6 +28,7 @@ from mope import InputError
 
 GREY = (124, 116, 104)  # stands for an image that is missing or damaged: ImageNet's mean colour
 MAX_BAD = 0.01  # share of a split's images that may be missing or damaged
+FONT = ImageFont.load_default  # Pillow's own, called with a size
 HELD_OUT = 0.1  # share of training that becomes validation where a data set has none
 
 
@@ -83,12 +85,12 @@ class Pairs(Dataset):
         return i, image, sample.text, self.target(sample.label), damaged
 
 
-def check_damaged(damaged: set[str], pairs: Pairs) -> None:
+def check_damaged(damaged: set[str], count: int, split: str) -> None:
     """Raise InputError if more than 1 % of a split's images are missing or damaged."""
-    if len(damaged) > MAX_BAD * len(pairs):
+    if len(damaged) > MAX_BAD * count:
         listed = "\n  ".join(sorted(damaged)[:10])
-        raise InputError(f"{len(damaged)} of {len(pairs)} images of {pairs.split} are missing or cannot be read, more "
-                         f"than {MAX_BAD:.0%}; download them again or take their rows out. The first:\n  {listed}")
+        raise InputError(f"{len(damaged)} of {count:,} images of {split} are missing or cannot be read, more than "
+                         f"{MAX_BAD:.0%}; download them again or take their rows out. The first:\n  {listed}")
 
 
 def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator | None = None,
@@ -106,6 +108,8 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
         # is still as large as asked, so the resize below never has to enlarge what draft made small.
         image.draft("RGB", (round(size * 256 / 224),) * 2 if rng is None else (2 * size, 2 * size))
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
         if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling
             image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
         if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
@@ -137,6 +141,7 @@ class Layout:
     tree = ""  # the expected tree and where to get it, for the error message
     flip = True  # may a training image be mirrored?
     classes: list[str] | None = None  # None: those of the training split, sorted
+    has_kinds = False  # do ids start with the kind of a question?
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -165,8 +170,19 @@ class Layout:
             self.notes[split].append(f"{len(missing)} images do not exist: {what}, for instance {min(missing)}")
         if not samples:
             raise InputError(f"{self.folder}: the {split} split is empty")
-        self.missing = missing
+        check_damaged(missing, len(samples), split)
         return [s for s in samples if split != "train" or str(s.image) not in missing]
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("file:line", line) of every line that is not blank, of a UTF-8 file with or without a byte order mark."""
+    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: not UTF-8 ({error}); convert the file to UTF-8") from None
+        if line:
+            yield f"{path}:{number}", line
 
 
 class JsonLines(Layout):
@@ -177,24 +193,21 @@ class JsonLines(Layout):
     one object a line: {"image": "path, relative to this folder", "text": "...", "label": "name"}
     ("img" for "image" works; a list of names as label makes it a multi-label task)"""
 
-    def lines(self, path: Path) -> Iterator[tuple[str, dict]]:
-        """(file:line, object) of every line that is not blank."""
-        for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
+    def objects(self, path: Path) -> Iterator[tuple[str, dict]]:
+        """("file:line", object) of a file of JSON objects, one a line."""
+        for where, line in numbered_lines(path):
             try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # both kinds: not UTF-8, not JSON
-                raise InputError(f"{where}: expected a JSON object in UTF-8, found {line[:40]!r} ({error})") from None
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{where}: expected a JSON object, found {line[:60]!r} ({error})") from None
             if not isinstance(row, dict):
-                raise InputError(f"{where}: expected a JSON object, found {line[:40]!r}")
+                raise InputError(f"{where}: expected a JSON object, found {line[:60]!r}")
             yield where, row
 
     def read(self, split: str) -> Iterator[Sample]:
         names = ("val", "dev") if split == "val" else (split,)
         path = self.require(*(self.folder / f"{name}.jsonl" for name in names))
-        for where, row in self.lines(path):
+        for where, row in self.objects(path):
             image, text, label = row.get("image", row.get("img")), row.get("text"), row.get("label")
             several = isinstance(label, list) and all(isinstance(name, str) for name in label)
             if not isinstance(image, str) or not isinstance(text, str) or not (several or isinstance(label, str)):
@@ -220,13 +233,11 @@ class Food101(JsonLines):
         path = self.require(self.folder / "texts" / f"{split}_titles.csv")
         mended = 0
         # No csv reader: train_titles.csv has a quote that never closes, which would swallow 16 rows in silence.
-        for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+        for where, line in numbered_lines(path):
             name, _, rest = line.partition(",")
             title, comma, label = rest.rpartition(",")
-            if not line.strip():
-                continue
             if not comma:
-                raise InputError(f"{path}:{number}: expected image,title,class; found {line[:80]!r}")
+                raise InputError(f"{where}: expected image,title,class; found {line[:80]!r}")
             if name.endswith(".txt"):
                 name, mended = name.removesuffix(".txt") + ".jpg", mended + 1
             yield Sample(name, images / label / name, clean_title(title), label)
@@ -247,29 +258,31 @@ class MMIMDb(JsonLines):
     tree = """
     split.json, dataset/<id>.json, dataset/<id>.jpeg      (or a prepared copy: {train,dev,test}.jsonl)
     from https://archive.org/download/mmimdb/mmimdb.tar.gz (8 GB)"""
-    genres = ("Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
-              "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
+    classes = genres = (
+        "Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
+        "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
+
 
     def read(self, split: str) -> Iterator[Sample]:
-        if (self.folder / "train.jsonl").exists():
-            yield from super().read(split)
-            return
-        self.classes = self.genres
+        prepared = (self.folder / "train.jsonl").exists()
         dropped, without = Counter(), 0
+        for sample in super().read(split) if prepared else self.films(split):
+            genres = [genre for genre in names_of(sample.label) if genre in self.genres]
+            dropped.update(set(names_of(sample.label)) - set(genres))
+            without += not genres
+            if genres:
+                yield sample._replace(label=genres)
+        if dropped:
+            counts = ", ".join(f"{name} {n}" for name, n in dropped.most_common())
+            self.notes[split].append(f"other genres than the 23 ignored: {counts}; {without} films without one dropped")
+
+    def films(self, split: str) -> Iterator[Sample]:
         split_file = self.require(self.folder / "split.json")
         for name in json.loads(split_file.read_text("utf-8"))["dev" if split == "val" else split]:
             path = self.require(self.folder / "dataset" / f"{name}.json")
-            _, film = next(self.lines(path))
-            genres = [genre for genre in film["genres"] if genre in self.genres]
-            dropped.update(set(film["genres"]) - set(genres))
-            if not genres:
-                without += 1
-                continue
+            film = json.loads(path.read_text("utf-8"))
             plot = max(film["plot"], key=len)  # max keeps the first of several that are equally long
-            yield Sample(name, path.with_suffix(".jpeg"), plot, genres)
-        if dropped:
-            counts = ", ".join(f"{name} {n}" for name, n in dropped.most_common())
-            self.notes[split].append(f"genres outside the 23 ignored: {counts}; {without} films without another dropped")
+            yield Sample(name, path.with_suffix(".jpeg"), plot, film["genres"])
 
 
 class SnliVE(JsonLines):
@@ -286,7 +299,7 @@ class SnliVE(JsonLines):
         path = self.require(self.folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl")
         images = self.require(self.folder / "flickr30k_images")
         unlabelled = 0
-        for where, row in self.lines(path):
+        for where, row in self.objects(path):
             photo = row.get("Flickr30K_ID", row.get("Flikr30kID"))  # older files spell it without the c
             label, hypothesis = row.get("gold_label"), row.get("sentence2")
             if photo is None or label is None or hypothesis is None:
@@ -314,7 +327,7 @@ class Grocery(Layout):
         root = self.folder / "dataset" if (self.folder / "dataset").is_dir() else self.folder
         if not hasattr(self, "groups"):
             self.read_classes(self.require(root / "classes.csv"), root)
-        for line in self.require(root / f"{split}.txt").read_text("utf-8").splitlines():
+        for _, line in numbered_lines(self.require(root / f"{split}.txt")):
             path, product, _ = (field.strip() for field in line.split(","))
             for copy in range(self.repeat):
                 yield Sample(f"{path}#{copy}" if copy else path, root / path, "", self.products[int(product)])
@@ -325,7 +338,7 @@ class Grocery(Layout):
         self.description: dict[str, list[str]] = {}
         self.groups: dict[str, list[str]] = defaultdict(list)
         self.group_of: dict[str, str] = {}
-        for line in path.read_text("utf-8").splitlines()[1:]:
+        for _, line in list(numbered_lines(path))[1:]:
             product, _, group, _, _, file = line.split(",")
             text = self.require(root / file.strip().lstrip("/")).read_text("utf-8")
             self.products.append(product)
@@ -376,12 +389,13 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     source = DATASETS[dataset](Path(folder))
     if not source.folder.is_dir():
         source.require(source.folder)
-    splits, missing = {}, {}
+    splits = {}
     has_val = not isinstance(source, JsonLines) or dataset in ("snli_ve", "mmimdb") or any(
         (source.folder / f"{name}.jsonl").exists() for name in ("val", "dev"))
     for split in ("train", "val", "test") if has_val else ("train", "test"):
-        splits[split], missing[split] = source.load_split(split), source.missing
+        splits[split] = source.load_split(split)
 
+    classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
     if not has_val:
         held_out = set(stratified(splits["train"], HELD_OUT, seed=0))
         splits["val"] = [s for i, s in enumerate(splits["train"]) if i in held_out]
@@ -390,7 +404,6 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     if train_size is not None:
         splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
 
-    classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
     several = isinstance(splits["train"][0].label, list)
     for split, samples in splits.items():
         for s in samples:
@@ -398,10 +411,7 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
             if unknown or isinstance(s.label, list) != several:
                 raise InputError(f"{source.folder}, {split}, {s.id}: label {s.label!r}; expected "
                                  f"{'a list' if several else 'one'} of the {len(classes)} classes of train")
-    pairs = {split: Pairs(source, split, splits[split], classes, seed) for split in ("train", "val", "test")}
-    for split, names in missing.items():
-        check_damaged(names, pairs[split])
-    return pairs
+    return {split: Pairs(source, split, splits[split], classes, seed) for split in ("train", "val", "test")}
 
 
 def names_of(label: str | list[str]) -> list[str]:
@@ -413,8 +423,8 @@ def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
 
     Every sample gets its rank within its label, shuffled, as a fraction; those with the smallest are taken.
     """
-    count = int(size) if size >= 1 else round(size * len(samples))
-    if not 0 < count <= len(samples):
+    count = size if size >= 1 else round(size * len(samples))
+    if not 0 < count <= len(samples) or count != int(count):
         raise InputError(f"--train-size {size}: expected 1 to {len(samples)} samples, or a fraction of them")
     rng = np.random.default_rng(seed)
     by_label = defaultdict(list)
@@ -422,7 +432,72 @@ def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
         by_label[tuple(names_of(samples[i].label))].append(int(i))
     order = sorted(((rank + rng.random()) / len(members), i)
                    for members in by_label.values() for rank, i in enumerate(members))
-    return sorted(i for _, i in order[:count])
+    return sorted(i for _, i in order[:int(count)])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A picture of the routing
+
+
+def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor) -> None:
+    """routing.png: the mean routing weight of each expert by layer, and what each expert of one layer likes best.
+
+    routing [n, L, k] of all samples. The layer shown is the one whose routing differs most between samples. Where
+    ids start with the kind of a question ("color-17"), the mean routing of each kind in that layer is drawn too.
+    """
+    n, layers, k = routing.shape
+    layer = int(routing.var(0).sum(-1).argmax())
+    experts = [f"{e + 1}" for e in range(k)]
+    kinds = sorted({s.id.rpartition("-")[0] for s in pairs.samples}) if pairs.source.has_kinds else []
+    tile, shown, cell = 112, 5, 34
+    top = 70 + cell * (layers + len(kinds)) + (90 if kinds else 40)
+    page = Image.new("RGB", (max(150 + cell * k, 130 + (tile + 40) * shown) + 30, top + 60 + (tile + 62) * k), "white")
+    pen = ImageDraw.Draw(page)
+
+    heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)], experts,
+             f"Mean routing weight of each expert over {n:,} {pairs.split} samples")
+    if kinds:
+        of_kind = [[s.id.rpartition("-")[0] == kind for s in pairs.samples] for kind in kinds]
+        heat_map(pen, 20, 80 + cell * layers, torch.stack([routing[torch.tensor(m), layer].mean(0) for m in of_kind]),
+                 kinds, experts, f"The same in layer {layer + 1}, by kind of question")
+
+    pen.text((20, top), f"Layer {layer + 1}: the samples that weight each expert most", "black", FONT(18))
+    for e in range(k):
+        y = top + 40 + e * (tile + 62)
+        pen.text((20, y + tile // 2 - 10), f"expert {e + 1}", "black", FONT(16))
+        for column, i in enumerate(distinct(pairs, routing[:, layer, e].argsort(descending=True).tolist(), shown)):
+            x, sample = 130 + column * (tile + 40), pairs.sample(i)
+            _, image, _, _, _ = pairs[0, i]
+            page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile)), (x, y))
+            words = textwrap.wrap(sample.text, 24, max_lines=3, placeholder=" …")
+            pen.text((x, y + tile + 2), "\n".join(words), "black", FONT(11))
+    page.save(path)
+
+
+def distinct(pairs: Pairs, order: list[int], count: int) -> list[int]:
+    """The first samples of an order that have different texts, since one text always routes alike."""
+    chosen: dict[str, int] = {}
+    for i in order:
+        chosen.setdefault(pairs.sample(i).text, i)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
+
+
+def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, rows: list[str], columns: list[str],
+             title: str, cell: int = 34) -> None:
+    """values [rows, columns] between 0 and 1, from white to dark blue, each printed in its cell as a percentage."""
+    pen.text((x, y), title, "black", FONT(18))
+    for j, name in enumerate(columns):
+        pen.text((x + 130 + j * cell + cell // 2, y + 32), name, "black", FONT(12), anchor="mm")
+    for i, name in enumerate(rows):
+        pen.text((x, y + 45 + i * cell + cell // 2), name, "black", FONT(14), anchor="lm")
+        for j, value in enumerate(values[i].tolist()):
+            left, upper = x + 130 + j * cell, y + 45 + i * cell
+            shade = tuple(round(255 + (dark - 255) * value ** 0.5) for dark in (8, 48, 107))
+            pen.rectangle((left, upper, left + cell - 2, upper + cell - 2), shade)
+            pen.text((left + cell // 2, upper + cell // 2), f"{100 * value:.0f}",
+                     "white" if value > 0.2 else "black", FONT(12), anchor="mm")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -435,7 +510,9 @@ def load_tokenizer(folder: Path, length: int) -> Tokenizer:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
-            tokenizer = BertWordPieceTokenizer.from_file(str(folder / "vocab.txt"), lowercase=True)._tokenizer
+            settings = folder / "tokenizer_config.json"
+            lower = not settings.exists() or json.loads(settings.read_text("utf-8")).get("do_lower_case", True)
+            tokenizer = BertWordPieceTokenizer.from_file(str(folder / "vocab.txt"), lowercase=lower)._tokenizer
     except Exception as error:  # the package raises plain Exception
         raise InputError(f"{folder}: expected tokenizer.json or vocab.txt of a BERT ({error})") from None
     tokenizer.enable_truncation(length)
@@ -497,4 +574,5 @@ def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batch_size: int,
     pairs.image_size = image_size
     batches = Batches(len(pairs), batch_size, train, seed, rank, world, accumulate)
     return DataLoader(pairs, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, tokenizer),
-                      pin_memory=device == "cuda", persistent_workers=workers > 0, worker_init_fn=start_worker)
+                      pin_memory=device == "cuda", persistent_workers=workers > 0, worker_init_fn=start_worker,
+                      generator=torch.Generator())  # its own: the global one belongs to the router's noise

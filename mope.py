@@ -470,15 +470,15 @@ def load_bert(name: str, pooling: str = "mean") -> BERT:
                          "it; expected config.json, the weights and tokenizer.json or vocab.txt of a BERT")
     try:
         c = json.loads((folder / "config.json").read_text("utf-8"))
-        sizes = (c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
-                 c["intermediate_size"], c["max_position_embeddings"], c["type_vocab_size"])
         kind = c["model_type"], c["hidden_act"], c.get("position_embedding_type", "absolute")
+        bert = BERT(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
+                    c["intermediate_size"], c["max_position_embeddings"], c["type_vocab_size"],
+                    eps=c["layer_norm_eps"], pad_id=c.get("pad_token_id", 0), pooling=pooling)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: not the configuration of a BERT ({error!r})") from None
     if kind != ("bert", "gelu", "absolute"):
         raise InputError(f"{folder / 'config.json'}: {kind}; only ('bert', 'gelu', 'absolute') is implemented")
 
-    bert = BERT(*sizes, eps=c["layer_norm_eps"], pad_id=c.get("pad_token_id", 0), pooling=pooling)
     bert.folder = folder
     return finish(bert, rename_bert(read_weights(path)), path, name)
 
@@ -499,7 +499,7 @@ def rename_vit(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             gamma = weights.pop(f"blocks.{i}.{scale}", None)
             for name in (f"blocks.{i}.{last}.weight", f"blocks.{i}.{last}.bias"):
                 if gamma is not None and name in weights:
-                    weights[name] = (weights[name].T * gamma).T
+                    weights[name] = torch.einsum("o...,o->o...", weights[name], gamma)
     return weights
 
 
@@ -570,19 +570,23 @@ def finish(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str) 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a pickle, which is opened with weights_only=True."""
     try:
-        weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values()):
             return weights
         wrong = "it holds something else than named tensors"
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
         with path.open("rb") as file:
             start = file.read(200).lstrip()
-        wrong = ("it is empty" if not start else
-                 "it is a web page, not the file that the page links to" if start.startswith(b"<") else
-                 "it is a git-LFS pointer (run `git lfs pull`)" if start.startswith(b"version https://git-lfs") else
-                 f"it is truncated or of another format ({str(error).splitlines()[0][:100] if str(error) else error!r})")
-    raise InputError(f"{path}: not a weight file: {wrong}; delete it and download it again") from None
+        wrong = f"it is cut short or of another format ({(str(error) or repr(error)).splitlines()[0][:100]})"
+        if not start:
+            wrong = "it is empty"
+        elif start.startswith(b"<"):
+            wrong = "it is a web page, not the file that the page links to"
+        elif start.startswith(b"version https://git-lfs"):
+            wrong = "it is a git-LFS pointer (run `git lfs pull`)"
+    raise InputError(f"{path}: not a weight file: {wrong}; delete it and download it again")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -665,18 +669,15 @@ def download(url: str, path: Path, sha256: str = "") -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The file's sha256, remembered with its size and time in a small file of the cache folder."""
-    path, memory = path.resolve(), cache_folder() / "mope_sha256.json"
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    """The file's sha256, computed once: a small file in the cache remembers it by name, size and time."""
+    stat = path.stat()
+    memory = cache_folder() / "sha256" / f"{path.name}-{stat.st_size}-{stat.st_mtime_ns}"
+    if memory.exists():
+        return memory.read_text()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if known.get(str(path), [None])[:2] != stamp:
-        known[str(path)] = [*stamp, hashlib.sha256(path.read_bytes()).hexdigest()]
-        try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(json.dumps(known))
-        except OSError:
-            pass  # a read-only cache: the hash is computed again next time
-    return known[str(path)][2]
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        memory.write_text(digest)
+    except OSError:
+        pass  # a read-only cache: it is computed again next time
+    return digest

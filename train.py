@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import errno
 import importlib.metadata
 import io
@@ -13,11 +14,13 @@ import platform
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -25,15 +28,53 @@ from tqdm import tqdm
 import data
 from mope import InputError, MoPE, effective_experts, load_bert, load_vit
 
-# Everything that a data set decides; any flag overrides. lr and weight decay are for AdamW; text_length
-# counts word pieces, [CLS] and [SEP] included.
+# What a data set decides, and any flag overrides. lr and weight decay are AdamW's; text_length counts word pieces,
+# [CLS] and [SEP] included.
 DEFAULTS = {
-    "food101":  dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=128),
+    "food101":    dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=128),
+    "mmimdb":     dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=256),
+    "snli_ve":    dict(epochs=6, batch_size=64, lr=1e-3, weight_decay=1e-3, text_length=64),
+    "grocery":    dict(epochs=6, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=64),
+    "grocery_ve": dict(epochs=6, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=96),
+    "jsonl":      dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=128),
 }
-COMMON = dict(
-    device="auto", precision="auto", vision="vit_b_16", text="bert-base-uncased", image_size=224, pooling="mean",
-    main="vision", static=6, experts=16, dynamic=6, mapped=True, prior_prompts=4, importance=0.01,
-    seed=0, workers=2, accumulate=1, train_size=None)
+
+# flag -> default (a type where there is none or the data set decides), help
+FLAGS = {
+    "data": {
+        "data-dir": (str, "the data set's folder; default data/<dataset>"),
+        "train-size": (float, "train on N samples, or on a fraction below 1, drawn by --seed"),
+        "text-length": (int, "word pieces kept of a text; lower it if memory runs out"),
+    },
+    "model": {
+        "vision": ("vit_b_16", "vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, or a file of such weights"),
+        "text": ("bert-base-uncased", "bert-base-uncased, another hub id owner/name of a BERT, or a folder"),
+        "image-size": (224, "a multiple of the patch size; a lower one is faster"),
+        "pooling": ("mean", "the feature of a text: mean or cls"),
+        "main": ("vision", "the modality that is prompted with the other: vision or text"),
+        "static": (6, "static prompts a layer"),
+        "experts": (16, "prompt experts a layer"),
+        "dynamic": (6, "prompts that an expert holds"),
+        "mapped": (True, "one prompt a layer mapped from the other modality"),
+        "prior-prompts": (4, "learned prompts a layer of the prior encoder"),
+        "importance": (0.01, "weight of the importance loss"),
+    },
+    "training": {
+        "epochs": (int, "passes over the training samples"),
+        "batch-size": (int, "samples a step, over all processes and micro-batches"),
+        "accumulate": (1, "micro-batches a step; raise it if memory runs out"),
+        "lr": (float, "peak learning rate, after a warm-up over 5 % of the steps; then a cosine to zero"),
+        "weight-decay": (float, "of AdamW"),
+        "seed": (0, "of everything random in training"),
+    },
+    "machine": {
+        "device": ("auto", "cuda, mps or cpu; auto is the first of them that is there"),
+        "precision": ("auto", "float32, bfloat16 or float16; auto is bfloat16 where the hardware is good at it"),
+        "workers": (2, "processes that read images; 0 reads in the main one"),
+    },
+}
+CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "device": ["auto", "cuda", "mps", "cpu"],
+           "precision": ["auto", "float32", "bfloat16", "float16"]}
 
 # A resumed or evaluated run may move to another place or machine; all else must stay as it was.
 MOVABLE = ("data_dir", "vision", "text", "device", "workers")
@@ -45,81 +86,56 @@ MOVABLE = ("data_dir", "vision", "text", "device", "workers")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags as typed: what was not given is None, so that a resumed run can tell a contradiction."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_off = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", choices=list(DEFAULTS))
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, (default, text) in flags.items():
+            if isinstance(default, bool):
+                group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+                continue
+            kind, shown = (default, "") if isinstance(default, type) else (type(default), f"; default {default}")
+            group.add_argument(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text.replace("%", "%%") + shown)
 
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=sorted(DEFAULTS))
-    g.add_argument("--data-dir", help="its folder; default data/<dataset>")
-    g.add_argument("--train-size", type=float, help="train on N samples, or a fraction below 1, drawn by --seed")
-    g.add_argument("--text-length", type=int, help="word pieces kept of a text; lower it if memory runs out")
-
-    g = p.add_argument_group("model")
-    g.add_argument("--vision", help="vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, or a file")
-    g.add_argument("--text", help="bert-base-uncased, another hub id owner/name, or a folder")
-    g.add_argument("--image-size", type=int, help="a multiple of the patch size; lower is faster; default 224")
-    g.add_argument("--pooling", choices=["mean", "cls"], help="the feature of a text")
-    g.add_argument("--main", choices=["vision", "text"], help="the modality that is prompted with the other")
-    g.add_argument("--static", type=int, help="static prompts a layer; default 6")
-    g.add_argument("--experts", type=int, help="prompt experts a layer; default 16")
-    g.add_argument("--dynamic", type=int, help="prompts an expert holds; default 6")
-    g.add_argument("--mapped", action=on_off, default=None, help="one prompt a layer mapped from the other modality")
-    g.add_argument("--prior-prompts", type=int, help="learned prompts a layer of the prior encoder; default 4")
-    g.add_argument("--importance", type=float, help="weight of the importance loss; default 0.01")
-
-    g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=int)
-    g.add_argument("--batch-size", type=int, help="samples a step, over all processes and micro-batches")
-    g.add_argument("--accumulate", type=int, help="micro-batches a step: raise it if memory runs out")
-    g.add_argument("--lr", type=float)
-    g.add_argument("--weight-decay", type=float)
-    g.add_argument("--seed", type=int)
-
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], help="auto is cuda, else mps, else cpu")
-    g.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"],
-                   help="auto is bfloat16 where the hardware multiplies it fast, else float32")
-    g.add_argument("--workers", type=int, help="processes that read images; 0 reads in the main one")
-
-    g = p.add_argument_group("runs")
-    g.add_argument("--out", help="folder of the run; default runs/<dataset>")
-    g.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
-    g.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    g.add_argument("--eval", action="store_true", help="evaluate --checkpoint, train nothing")
-    g.add_argument("--checkpoint", metavar="FILE", help="best.pt or last.pt of a run")
-    return p.parse_args(argv)
+    group = parser.add_argument_group("runs")
+    group.add_argument("--out", type=Path, help="folder of the run; default runs/<dataset>")
+    group.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
+    group.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
+    group.add_argument("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for:")
+    group.add_argument("--eval", action="store_true", help="evaluate it on the test split")
+    group.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"), help="what it says of one pair")
+    return parser.parse_args(argv)
 
 
 def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
     """-> the run's whole configuration, the checkpoint to go on from (or None), the run's folder."""
-    actions = ("overwrite", "resume", "eval", "checkpoint")
+    actions = ("out", "overwrite", "resume", "checkpoint", "eval", "predict")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in actions}
-    if args.eval != bool(args.checkpoint):
-        raise InputError("--eval and --checkpoint FILE go together")
+    if bool(args.eval or args.predict) != bool(args.checkpoint):
+        raise InputError("--checkpoint FILE goes with --eval or --predict IMAGE TEXT")
 
     if args.resume or args.checkpoint:
-        path = Path(args.checkpoint or Path(args.resume) / "last.pt")
+        path = args.checkpoint or args.resume / "last.pt"
         state = load_checkpoint(path)
-        wrong = [k for k, v in given.items() if k not in MOVABLE and v != state["config"].get(k)]
-        if wrong:
-            key = wrong[0]
-            raise InputError(f"--{key.replace('_', '-')} {given[key]} contradicts {path}, which was made with "
-                             f"{state['config'].get(key)}; leave it out, or start a new run with another --out")
+        for key, value in given.items():
+            stored = state["config"].get(key)
+            if key not in MOVABLE and value != stored:
+                raise InputError(f"--{key.replace('_', '-')} {value} contradicts {path}, which was made with {stored}; "
+                                 "leave it out, or start a new run with another --out")
         return {**state["config"], **given}, state, path.parent
 
-    if args.dataset is None:
-        raise InputError("no data set: give --dataset, one of " + ", ".join(DEFAULTS))
-    config = {**COMMON, "dataset": args.dataset, "data_dir": f"data/{args.dataset}", **DEFAULTS[args.dataset], **given}
-    out = Path(config.pop("out", f"runs/{args.dataset}"))
-    size = config["train_size"]
-    if size is not None:
-        if size <= 0 or (size > 1 and size != int(size)):
-            raise InputError(f"--train-size {size}: expected a count, or a fraction between 0 and 1")
-        config["train_size"] = int(size) if size >= 1 else size
-    for key, least in dict(epochs=1, batch_size=1, accumulate=1, text_length=3, static=0, experts=0, dynamic=0,
-                           prior_prompts=0, workers=0, importance=0, lr=0, weight_decay=0).items():
-        if config[key] < least:
-            raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {least}")
+    dataset = args.dataset
+    if dataset is None:
+        raise InputError(f"no data set: give --dataset, one of {', '.join(DEFAULTS)}; --help has the rest")
+    common = {flag.replace("-", "_"): None if isinstance(default, type) else default
+              for flags in FLAGS.values() for flag, (default, _) in flags.items()}
+    config = {**common, "dataset": dataset, "data_dir": f"data/{dataset}", **DEFAULTS[dataset], **given}
+    least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
+                 prior_prompts=0, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
+    for key, bound in least.items():
+        if not bound <= config[key] < math.inf:
+            raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {bound}")
+    out = args.out or Path("runs", dataset)
     check_out(out, config, args.overwrite)
     return config, None, out
 
@@ -275,15 +291,20 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Of a whole split: accuracy, or for several labels F1 at a threshold of 0.5."""
-    scores = {"loss": task_loss(logits, labels).item()}
-    if not labels.is_floating_point():
-        return {"accuracy": (logits.argmax(-1) == labels).float().mean().item(), **scores}
-    chosen, true = logits > 0, labels > 0
-    hit, wrong = (chosen & true).sum(0), (chosen ^ true).sum(0)  # F1 = 2 TP / (2 TP + FP + FN), 0 where undefined
-    return {"f1_micro": (2 * hit.sum() / (2 * hit + wrong).sum().clamp(min=1)).item(),
-            "f1_macro": (2 * hit / (2 * hit + wrong).clamp(min=1)).mean().item(), **scores}
+def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
+    """Of a whole split: accuracy, or for several labels a sample F1 at a threshold of 0.5; each also by class."""
+    result = {"samples": len(labels), "loss": task_loss(logits, labels).item()}
+    if labels.is_floating_point():
+        chosen, true = logits > 0, labels > 0
+        hit, wrong = (chosen & true).sum(0), (chosen ^ true).sum(0)
+        by_class = 2 * hit / (2 * hit + wrong).clamp(min=1)  # 2 TP / (2 TP + FP + FN), 0 where that is 0 / 0
+        micro = 2 * hit.sum() / (2 * hit + wrong).sum().clamp(min=1)
+        result.update(f1_micro=micro.item(), f1_macro=by_class.mean().item())
+    else:
+        right = logits.argmax(-1) == labels
+        result.update(accuracy=right.float().mean().item())
+        by_class = torch.stack([right[labels == c].float().mean() for c in range(len(classes))])  # nan: no such sample
+    return {**result, "by_class": {name: round(v, 4) for name, v in zip(classes, by_class.tolist()) if v == v}}
 
 
 @torch.no_grad()
@@ -308,11 +329,11 @@ def evaluate(model: MoPE, loader, config: dict, device, autocast, signals: Signa
         dist.all_gather_object(gathered, (rows, damaged))
         rows = [row for part, _ in gathered for row in part]
         damaged = set().union(*(part for _, part in gathered))
-    data.check_damaged(damaged, loader.dataset)
+    data.check_damaged(damaged, len(loader.dataset), loader.dataset.split)
     index, logits, labels, routing = (torch.cat(column) for column in zip(*rows))
     order = index.argsort()
     logits, labels, routing = logits[order], labels[order], routing[order]
-    result = {"samples": len(index), **metrics(logits, labels)}
+    result = metrics(logits, labels, loader.dataset.classes)
     if routing.numel():
         result["effective_experts"] = [round(e, 3) for e in effective_experts(routing).tolist()]
     return result, dict(logits=logits, labels=labels, routing=routing, damaged=damaged)
@@ -341,6 +362,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     signals = Signals()
+
+    if args.predict:
+        model, tokenizer = build(config, state["classes"], device, dtype)
+        model.load_trained_state(state["trained"])
+        return predict(model, tokenizer, *args.predict, config, state["classes"], state["multilabel"], device, autocast)
 
     # Data first: a missing folder is found before any model is built.
     splits = data.load(config["dataset"], config["data_dir"], config["train_size"], config["seed"])
@@ -381,7 +407,7 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
     optimizer = torch.optim.AdamW(trainable, lr=config["lr"], weight_decay=config["weight_decay"],
                                   fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+    network = DistributedDataParallel(model) if world() > 1 else model
 
     # All that training changes beside weights, optimizer and scaler. Random numbers need no state: data and
     # router noise are functions of the seed, the epoch or step, and the sample or process.
@@ -397,8 +423,9 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
     def save(name: str) -> None:
         if rank() == 0:
             write(out / name, dict(
-                config=config, versions=versions(), classes=loader.dataset.classes, at=at,
-                trained=model.trained_state(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+                config=config, versions=versions(), at=at, classes=loader.dataset.classes,
+                multilabel=loader.dataset.multilabel, trained=model.trained_state(),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
 
     if not state:
         save("last.pt")
@@ -469,7 +496,7 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                     raise Stopped(signals.number or signal.SIGTERM)
 
             at["seconds"] += time.perf_counter() - began
-            data.check_damaged(set(at["damaged"]), loader.dataset)
+            data.check_damaged(set(at["damaged"]), len(loader.dataset), "train")
             validation, _ = evaluate(model, loaders["val"], config, device, autocast, signals)
             train_loss = sum(at["losses"]) / steps
             at.update(epoch=at["epoch"] + 1, step=0, losses=[], damaged=sorted(set(at["damaged"])))
@@ -488,26 +515,93 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                 write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
             save("last.pt")
 
-        best = load_checkpoint(out / "best.pt")
-        model.load_trained_state(best["trained"])
-        test, rows = evaluate(model, loaders["test"], config, device, autocast, signals)
+        finish(config, at, out, model, loaders, device, autocast, signals)
     except Stopped:
         save("last.pt")
         say(f"stopped; continue with: python train.py --resume {out}")
         raise
 
+
+def finish(config, at, out, model, loaders, device, autocast, signals) -> None:
+    """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png."""
+    best = load_checkpoint(out / "best.pt") if rank() == 0 else None
+    if world() > 1:  # from the process that wrote it
+        holder = [best]
+        dist.broadcast_object_list(holder)
+        best = holder[0]
+    model.load_trained_state(best["trained"])
+    test, rows = evaluate(model, loaders["test"], config, device, autocast, signals)
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (1, 0))
     results = dict(
-        dataset=config["dataset"], seed=config["seed"], epochs=epochs, best_epoch=best["at"]["best_epoch"], test=test,
-        validation=best["at"]["validation"], trainable_parameters=trained, total_parameters=total,
+        dataset=config["dataset"], seed=config["seed"], epochs=config["epochs"], best_epoch=best["at"]["best_epoch"],
+        test=test, validation=best["at"]["validation"], trainable_parameters=trained, total_parameters=total,
         seconds=round(at["seconds"], 1), images_per_second=round(at["images"] / at["seconds"], 1),
         damaged_images=len(set(at["damaged"]) | rows["damaged"]), device=str(device), precision=config["precision"])
     if device.type == "cuda":
         results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    if rank() == 0:
-        write(out / "results.json", json.dumps(results, indent=1))
-    say(f"test, with the weights of epoch {results['best_epoch']}: {metric} {test[metric]:.4f} on {test['samples']:,} "
-        f"samples; all results in {out}/results.json")
+    if rank() > 0:
+        return
+    pairs = loaders["test"].dataset
+    write_predictions(out / "predictions.csv", pairs, rows)
+    if rows["routing"].numel():
+        data.draw_routing(out / "routing.png", pairs, rows["routing"])
+    write(out / "results.json", json.dumps(results, indent=1))
+    print_mistakes(test["by_class"], pairs.classes, rows)
+    scores = "  ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1_micro", "f1_macro") if name in test)
+    say(f"test, with the weights of epoch {results['best_epoch']}: {scores} on {test['samples']:,} samples; "
+        f"results.json, predictions.csv and routing.png are in {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# To look at
+
+
+def write_predictions(path: Path, pairs: data.Pairs, rows: dict) -> None:
+    """A line a sample: id, text, label, prediction, probability; several labels are joined by |."""
+    file = io.StringIO()
+    table = csv.writer(file)
+    table.writerow(["id", "text", "label", "prediction", "probability"])
+    probabilities = rows["logits"].sigmoid() if pairs.multilabel else rows["logits"].softmax(-1)
+    for i, (p, label) in enumerate(zip(probabilities, rows["labels"])):
+        sample = pairs.sample(i)
+        chosen = (p > 0.5).nonzero().flatten().tolist() if pairs.multilabel else [int(p.argmax())]
+        true = label.nonzero().flatten().tolist() if pairs.multilabel else [int(label)]
+        table.writerow([sample.id, sample.text, *("|".join(pairs.classes[c] for c in cs) for cs in (true, chosen)),
+                        "|".join(f"{p[c]:.4f}" for c in chosen)])
+    write(path, file.getvalue())
+
+
+def print_mistakes(by_class: dict[str, float], classes: list[str], rows: dict, count: int = 5) -> None:
+    """The classes that score worst, and which class is taken for which other most often."""
+    worst = sorted(by_class.items(), key=lambda item: item[1])[:count]
+    say("worst classes:", ", ".join(f"{name} {score:.2f}" for name, score in worst))
+    if rows["labels"].is_floating_point():
+        return
+    pairs = zip(rows["labels"].tolist(), rows["logits"].argmax(-1).tolist())
+    confused = Counter((true, guess) for true, guess in pairs if true != guess).most_common(count)
+    say("most confused:", ", ".join(f"{classes[a]} taken for {classes[b]} {n}×" for (a, b), n in confused) or "none")
+
+
+@torch.no_grad()
+def predict(model: MoPE, tokenizer, image: str, text: str, config: dict, classes, multilabel, device, autocast) -> None:
+    """Print the five most probable classes of one pair, and the experts that its routing used."""
+    try:
+        pixels = data.decode(Path(image), config["image_size"])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{image}: not an image that can be read ({error})") from None
+    batch = {"images": pixels[None], "texts": torch.tensor([tokenizer.encode(text).ids]), "labels": torch.zeros(1)}
+    x, y, _ = inputs(batch, config, device)
+    with autocast:
+        logits, routing, _ = model.eval()(x, y)
+    probability = (logits.float().sigmoid() if multilabel else logits.float().softmax(-1))[0]
+    for p, c in zip(*probability.topk(min(5, len(classes)))):
+        say(f"{p:.3f}  {classes[c]}")
+    if routing is not None:
+        weight, expert = routing[0].max(-1)
+        say("busiest expert of each layer:", ", ".join(f"{e} ({w:.2f})" for e, w in zip(expert.tolist(), weight)))
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 
 def cli() -> None:

@@ -1,0 +1,1062 @@
+"""Tests: `python test_mope.py [name ...]`, or pytest. CPU only, no network; what needs real weights skips without them.
+
+Real weights and photographs are looked for in $MOPE_SHARED, or ../shared; the README says what lies there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.nn import functional as F
+
+import data
+import mope
+import train
+from mope import BERT, ConditionalPrompts, InputError, MoPE, ViT, importance_loss, load_bert, load_vit
+
+HERE = Path(__file__).resolve().parent
+SHARED = Path(os.environ.get("MOPE_SHARED", HERE.parent / "shared"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def shared(path: str) -> Path:
+    if not (SHARED / path).exists():
+        raise unittest.SkipTest(f"no {SHARED / path}: real weights and photographs are optional")
+    return SHARED / path
+
+
+@contextlib.contextmanager
+def folder():
+    """A temporary folder; the hash memory and downloads go below it too."""
+    with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, TORCH_HOME=name):
+        with mock.patch("torch.hub._hub_dir", None):
+            yield Path(name)
+
+
+def refused(call, *words: str) -> str:
+    """The call must raise InputError with one sentence that holds the words."""
+    try:
+        call()
+    except InputError as error:
+        for word in words:
+            assert word in str(error), f"{word!r} not in: {error}"
+        return str(error)
+    raise AssertionError("InputError expected")
+
+
+def tiny(text_layers: int = 2, **kwargs) -> MoPE:
+    torch.manual_seed(0)
+    vit = ViT(image_size=32, patch_size=8, dim=24, depth=3, heads=2, mlp_dim=48)
+    bert = BERT(vocab_size=50, dim=16, depth=text_layers, heads=2, mlp_dim=32, max_length=16)
+    sizes = dict(static=2, experts=4, dynamic=3)
+    return MoPE(vit, bert, 5, **{**sizes, **kwargs})
+
+
+def pixels(n: int = 4, size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def words(n: int = 4, length: int = 9) -> torch.Tensor:
+    """ids with paddings of different lengths."""
+    ids = torch.randint(1, 50, (n, length), generator=torch.Generator().manual_seed(2))
+    for i in range(n):
+        ids[i, length - i:] = 0
+    return ids
+
+
+def make_vit(path: Path, dim: int = 384, depth: int = 2) -> dict:
+    """A random file in torchvision's format, written with torchvision's own model."""
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=depth, num_heads=dim // 64,
+                                               hidden_dim=dim, mlp_dim=64, num_classes=7)
+    torch.nn.init.normal_(vit.heads.head.weight)
+    torch.save(vit.state_dict(), path)
+    return vit.eval()
+
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red green blue round thing , .".split()
+
+
+def make_bert(path: Path) -> dict:
+    """A random BERT folder with vocab.txt; returns the weights under BERT's names."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = dict(model_type="bert", hidden_act="gelu", vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2,
+                  num_attention_heads=2, intermediate_size=64, max_position_embeddings=40, type_vocab_size=2,
+                  layer_norm_eps=1e-12, pad_token_id=0)
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    g = torch.Generator().manual_seed(3)
+    shapes = {"embeddings.word_embeddings.weight": (len(WORDS), 32), "embeddings.position_embeddings.weight": (40, 32),
+              "embeddings.token_type_embeddings.weight": (2, 32), "embeddings.LayerNorm.weight": (32,),
+              "embeddings.LayerNorm.bias": (32,), "pooler.dense.weight": (32, 32), "pooler.dense.bias": (32,)}
+    for i in range(2):
+        p = f"encoder.layer.{i}."
+        for name, (rows, columns) in {"attention.self.query": (32, 32), "attention.self.key": (32, 32),
+                                      "attention.self.value": (32, 32), "attention.output.dense": (32, 32),
+                                      "intermediate.dense": (64, 32), "output.dense": (32, 64)}.items():
+            shapes |= {p + name + ".weight": (rows, columns), p + name + ".bias": (rows,)}
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes |= {p + name + ".weight": (32,), p + name + ".bias": (32,)}
+    weights = {name: torch.randn(shape, generator=g) * 0.1 for name, shape in shapes.items()}
+    torch.save(weights, path / "pytorch_model.bin")
+    return weights
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    header, blob = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().numpy().tobytes()
+        header[name] = dict(dtype="F32", shape=list(tensor.shape), data_offsets=[len(blob), len(blob) + len(raw)])
+        blob += raw
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + blob)
+
+
+def make_food(root: Path, train_count: int = 40, test_count: int = 12) -> Path:
+    """A small folder in the layout of UPMC Food-101: the colour of the picture and of the text make the class."""
+    rng = np.random.default_rng(0)
+    colours = {"red": (220, 30, 30), "green": (30, 200, 30)}
+    for split, count in (("train", train_count), ("test", test_count)):
+        lines = []
+        for i in range(count):
+            name = ("red", "green")[i % 2]
+            image = np.clip(np.array(colours[name]) + rng.normal(0, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+            file = root / "images" / split / name / f"{name}_{i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
+            lines.append(f'{file.name},"a photo of a round thing, {i}",{name}')
+        (root / "texts").mkdir(exist_ok=True)
+        (root / "texts" / f"{split}_titles.csv").write_text("\r\n".join(lines) + "\r\n")
+    return root
+
+
+def arguments(root: Path, *more: str) -> list[str]:
+    """Make tiny data and backbones below root once; the command line that trains on them."""
+    if not (root / "vit.pth").exists():
+        make_food(root / "food")
+        make_vit(root / "vit.pth")
+        make_bert(root / "bert")
+    return ["--dataset", "food101", "--data-dir", f"{root}/food", "--vision", f"{root}/vit.pth", "--text",
+            f"{root}/bert", "--image-size", "32", "--text-length", "16", "--experts", "3", "--batch-size", "6",
+            "--epochs", "3", "--workers", "0", "--device", "cpu", *more]
+
+
+def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *argv], capture_output=True, text=True,
+                          timeout=170, **kwargs)
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, tensors included; seconds aside."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_runs(a: Path, b: Path) -> None:
+    """Two runs ended alike: weights, optimizer, log and metrics."""
+    for name in ("last.pt", "best.pt"):
+        one, two = (torch.load(run / name, weights_only=True) for run in (a, b))
+        for key in ("trained", "optimizer", "at"):
+            assert same(one[key], two[key]), f"{name}: {key} differs"
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (a, b)]
+    assert same(*logs) and [line["epoch"] for line in logs[0]] == [1, 2, 3]
+    one, two = (json.loads((run / "results.json").read_text()) for run in (a, b))
+    assert one["test"] == two["test"] and one["validation"] == two["validation"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Encoders: parity with the libraries
+
+
+def test_vit_equals_torchvision_tiny():
+    with folder() as root:
+        reference = torchvision.models.VisionTransformer(32, 8, 3, 4, 48, 96, num_classes=7)
+        torch.nn.init.normal_(reference.class_token)
+        torch.save(reference.state_dict(), root / "vit.pth")
+        vit = load_vit(str(root / "vit.pth"), 32, heads=4)
+        reference.heads = torch.nn.Identity()
+        images = pixels()
+        normalised = (images / 255 - torch.tensor(ViT.mean).view(3, 1, 1)) / torch.tensor(ViT.std).view(3, 1, 1)
+        with torch.no_grad():
+            assert (vit(images) - reference.eval()(normalised)).abs().max() <= 1e-5
+
+
+def test_vit_b_16_equals_torchvision():
+    with folder() as root:
+        torch.manual_seed(0)
+        reference = torchvision.models.vit_b_16(weights=None).eval()
+        torch.save(reference.state_dict(), root / "vit.pth")
+        vit = load_vit(str(root / "vit.pth"))
+        reference.heads = torch.nn.Identity()
+        images = pixels(1, 224)
+        normalised = (images / 255 - torch.tensor(ViT.mean).view(3, 1, 1)) / torch.tensor(ViT.std).view(3, 1, 1)
+        with torch.no_grad():
+            assert (vit(images) - reference(normalised)).abs().max() <= 1e-5
+
+
+def test_real_dinov2_equals_golden():
+    golden = torch.load(shared("golden/encoders.pt"), weights_only=True)
+    for size in (224, 518):
+        vit = load_vit(str(shared("weights/dinov2_vits14/dinov2_vits14_pretrain.pth")), size)
+        with torch.no_grad():
+            tokens = vit.tokens(golden[f"images_{size}"])
+            assert (vit(golden[f"images_{size}"]) - golden[f"vit_cls_{size}"]).abs().max() <= 1e-4
+        assert (tokens[:, 0] - golden[f"vit_cls_{size}"]).abs().max() <= 1e-4
+        assert (tokens[:, 1:].mean(1) - golden[f"vit_patch_mean_{size}"]).abs().max() <= 1e-4
+
+
+def test_real_bert_equals_golden():
+    golden = torch.load(shared("golden/encoders.pt"), weights_only=True)
+    bert = load_bert(str(shared("weights/all-MiniLM-L6-v2")))
+    ids, real = golden["input_ids"], golden["attention_mask"].bool()
+    tokenizer = data.load_tokenizer(bert.folder, 64)
+    encoded = tokenizer.encode_batch(golden["texts"])
+    assert [e.ids for e in encoded] == ids.tolist()
+    with torch.no_grad():
+        assert (bert.tokens(ids) - golden["bert_last_hidden"])[real].abs().max() <= 1e-4
+
+
+def test_layer_scale_is_folded():
+    """A DINOv2-style file, against the block written out with LayerScale."""
+    torch.manual_seed(0)
+    vit = ViT(image_size=28, patch_size=14, dim=32, depth=2, heads=4, mlp_dim=64).eval()
+    names = {"patch_embed.": "patch_embed.proj."}
+    weights = {next((k.replace(a, b) for a, b in names.items() if k.startswith(a)), k): v.clone()
+               for k, v in vit.state_dict().items()}
+    weights["mask_token"] = torch.zeros(1, 32)
+    gammas = {f"blocks.{i}.ls{j}.gamma": torch.rand(32) for i in range(2) for j in (1, 2)}
+    with folder() as root:
+        torch.save(weights | gammas, root / "dino.pth")
+        loaded = load_vit(str(root / "dino.pth"), 28, heads=4)
+    images = pixels(2, 28)
+    with torch.no_grad():
+        x = (images - vit.shift) / vit.scale
+        x = torch.cat([vit.cls_token.expand(2, -1, -1), vit.patch_embed(x).flatten(2).mT], 1) + vit.pos_embed
+        for i, block in enumerate(vit.blocks):
+            h = block.norm1(x)
+            x = x + gammas[f"blocks.{i}.ls1.gamma"] * block.attn(h, h)
+            x = x + gammas[f"blocks.{i}.ls2.gamma"] * block.mlp(block.norm2(x))
+        assert (loaded(images) - vit.norm(x)[:, 0]).abs().max() <= 1e-5
+
+
+def test_prompts_as_keys_and_values_equal_insert_and_drop():
+    """Both encoders, with padding: inserting the prompts, running the plain layer, dropping their outputs."""
+    model = tiny()
+    for encoder, inputs in ((model.main, pixels()), (model.prior, words())):
+        prompts = torch.randn(encoder.depth, 4, 5, encoder.dim) * 0.5
+        calls = []
+
+        def insert_and_drop(self, x, prompts, mask, queries):
+            calls.append(len(x))
+            if mask is not None:
+                mask = F.pad(mask, (5, 0), value=True)[:, None, None]
+            for i, block in enumerate(self.blocks):
+                x = block(torch.cat([prompts[i], x], 1), None, mask)[:, 5:]
+            return x
+
+        with torch.no_grad():
+            ours = encoder(inputs, prompts)
+            with mock.patch.object(mope.Encoder, "run", insert_and_drop):
+                theirs = encoder(inputs, prompts)
+        assert calls and (ours - theirs).abs().max() <= 1e-5
+        assert (ours - encoder(inputs)).abs().max() > 1e-3, "prompts change the feature"
+
+
+def test_padding_changes_no_feature():
+    bert = tiny().prior
+    ids = words(1)
+    longer = F.pad(ids, (0, 7))
+    prompts = torch.randn(bert.depth, 1, 3, bert.dim)
+    for pooling in ("mean", "cls"):
+        bert.pooling = pooling
+        for p in (None, prompts):
+            assert (bert(ids, p) - bert(longer, p)).abs().max() <= 1e-5
+
+
+def test_last_layer_computes_cls_only_and_exactly():
+    vit = tiny().main.eval()
+    prompts = torch.randn(vit.depth, 4, 2, vit.dim)
+    with torch.no_grad():
+        assert torch.allclose(vit(pixels(), prompts), vit.tokens(pixels(), prompts)[:, 0], atol=1e-6)
+
+
+def test_positions_are_resized_only_when_needed():
+    positions = torch.randn(1, 1 + 16, 8)
+    assert mope.resize_positions(positions, 4) is positions
+    smaller = mope.resize_positions(positions, 2)
+    assert smaller.shape == (1, 5, 8) and torch.equal(smaller[:, 0], positions[:, 0])
+    constant = mope.resize_positions(torch.ones(1, 17, 8), 7)
+    assert torch.allclose(constant, torch.ones(1, 50, 8), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prompts, router, importance
+
+
+def test_each_prompt_type_can_be_absent():
+    full = dict(static=2, experts=4, dynamic=3, mapped=True)
+    lengths = {}
+    for absent in (None, "static", "experts", "dynamic", "mapped"):
+        prompts = ConditionalPrompts(3, 24, 16, 0.1, **full | ({absent: 0} if absent else {}))
+        made, routing = prompts(torch.randn(4, 16))
+        lengths[absent] = made.shape[2]
+        assert made.shape[:2] == (3, 4) and (routing is None) == (absent in ("experts", "dynamic"))
+    assert lengths == {None: 6, "static": 4, "experts": 3, "dynamic": 3, "mapped": 5}
+
+    model = tiny(static=0, experts=0, mapped=False, prior_prompts=0)
+    logits, routing, importance = model.eval()(pixels(), words())
+    features = torch.cat([model.main(pixels()), model.prior(words())], -1)
+    assert routing is None and importance == 0
+    assert torch.allclose(logits, model.head(features)), "without prompts, it is two plain encoders and a head"
+
+
+def test_dynamic_prompts_are_the_mixture_of_the_paper():
+    prompts = ConditionalPrompts(3, 24, 16, 0.1, static=0, experts=4, dynamic=2, mapped=False).eval()
+    psi = torch.randn(5, 16)
+    made, routing = prompts(psi)
+    normal = F.layer_norm(psi, (16,))
+    for layer in range(3):  # written out with loops, as the equations read
+        logits = normal @ prompts.router.weight[4 * layer:4 * layer + 4].T / 0.1
+        for b in range(5):
+            r = logits[b].softmax(-1)
+            assert torch.allclose(r, routing[b, layer], atol=1e-6)
+            mixed = sum(r[j] * prompts.experts[layer, j] for j in range(4))
+            assert torch.allclose(mixed, made[layer, b], atol=1e-6)
+
+
+def test_router_noise_is_for_training_only():
+    prompts = ConditionalPrompts(3, 24, 16, 0.5, static=0, mapped=False)
+    psi = torch.randn(4, 16)
+    (one, clean_one), (two, clean_two) = prompts.train()(psi), prompts(psi)
+    assert not torch.equal(one, two) and torch.equal(clean_one, clean_two), "importance sees no noise"
+    (one, _), (two, _) = prompts.eval()(psi), prompts(psi)
+    assert torch.equal(one, two)
+
+
+def test_one_expert_needs_no_router():
+    model = tiny(experts=1)
+    logits, routing, importance = model(pixels(), words())
+    assert model.prompts.router is None and importance == 0 and torch.equal(routing, torch.ones(4, 3, 1))
+    assert not any("router" in name for name, _ in model.named_parameters())
+
+
+def test_importance_loss():
+    uniform = torch.full((8, 3, 4), 0.25)
+    assert importance_loss(uniform) == 0
+    one_expert = torch.zeros(8, 3, 4)
+    one_expert[..., 1] = 1
+    assert abs(importance_loss(one_expert) - 3) < 1e-6, "k - 1 when one expert takes everything"
+    turns = F.one_hot(torch.arange(8) % 4, 4).float().unsqueeze(1)
+    assert importance_loss(turns) == 0, "specialised but balanced routing costs nothing"
+    assert importance_loss(one_expert.bfloat16()).dtype == torch.float32
+
+
+def test_importance_gradient_stops_layer_by_layer():
+    logits = torch.zeros(8, 2, 4)
+    logits[:, 0, 0] = 0.1  # CV² about 0.003, below 0.05
+    logits[:, 1, 0] = 2.0  # far above
+    logits.requires_grad_()
+    loss = importance_loss(logits.softmax(-1))
+    loss.backward()
+    assert loss > 0.1 and logits.grad[:, 0].abs().max() == 0 and logits.grad[:, 1].abs().max() > 0
+
+
+def test_effective_experts():
+    assert torch.allclose(mope.effective_experts(torch.full((8, 3, 4), 0.25)), torch.full((3,), 4.0))
+    one = F.one_hot(torch.zeros(8, dtype=torch.long), 4).float().unsqueeze(1)
+    assert torch.allclose(mope.effective_experts(one), torch.ones(1))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fusion model
+
+
+def test_frozen_stays_bitwise_and_every_trainable_moves():
+    for main_is_text in (False, True):
+        model = tiny()
+        x, y = pixels(), words()
+        if main_is_text:
+            model = MoPE(model.prior, model.main, 5, experts=4)
+            x, y = y, x
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(3):
+            logits, _, importance = model(x, y)
+            (F.cross_entropy(logits, torch.arange(4)) + importance).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            frozen = name.startswith(("main.", "prior."))
+            assert p.requires_grad != frozen, name
+            assert torch.equal(p, before[name]) == frozen, name
+            if name == "prompts.experts":  # every expert of every layer
+                assert (p != before[name]).flatten(2).any(-1).all()
+
+
+def test_frozen_encoders_stay_in_evaluation_mode():
+    model = tiny().train()
+    assert model.training and model.prompts.training
+    assert not any(m.training for encoder in (model.main, model.prior) for m in encoder.modules())
+    assert all(m.training for m in tiny(finetune=True).train().modules())
+
+
+def test_two_evaluations_are_bitwise_equal():
+    model = tiny().eval()
+    with torch.no_grad():
+        assert same(tuple(model(pixels(), words())), tuple(model(pixels(), words())))
+
+
+def test_prior_without_prompts_runs_without_autograd():
+    psi = tiny(prior_prompts=0).prior_feature(words())
+    assert not psi.requires_grad
+    assert tiny().prior_feature(words()).requires_grad
+
+
+def test_head_can_see_one_feature():
+    for head, width in (("both", 40), ("main", 24), ("prior", 16)):
+        model = tiny(head=head)
+        assert model.head.in_features == width and model(pixels(), words()).logits.shape == (4, 5)
+    refused(lambda: tiny(head="all"), "all", "both")
+
+
+def test_frozen_matrices_can_be_held_in_bfloat16():
+    model = tiny().eval()
+    exact = model(pixels(), words()).logits
+    model.hold_frozen(torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert kinds["main.blocks.0.attn.qkv.weight"] == torch.bfloat16
+    assert kinds["main.blocks.0.norm1.weight"] == kinds["prompts.experts"] == torch.float32
+    rounded = model(pixels(), words()).logits
+    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
+    rounded.sum().backward()
+    assert model.prompts.experts.grad.dtype == torch.float32
+
+
+def test_trainable_share_of_vit_b_16_and_bert_base():
+    model = MoPE(ViT(), BERT(), 101)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert trained / total <= 0.0075
+    report = model.report()
+    assert f"{total:,}" in report and f"{trained:,}" in report and f"{trained / total:.2%}" in report
+
+
+def test_trained_state_goes_to_a_fresh_process():
+    with folder() as root:
+        arguments(root)
+        model = MoPE(load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert"), 5, experts=4).eval()
+        images, ids = pixels(), words() % len(WORDS)
+        torch.save(model.trained_state(), root / "trained.pt")
+        torch.save((images, ids), root / "inputs.pt")
+        program = f"""if True:
+            import torch, mope
+            model = mope.MoPE(mope.load_vit("{root}/vit.pth", 32), mope.load_bert("{root}/bert"), 5, experts=4)
+            model.load_trained_state(torch.load("{root}/trained.pt", weights_only=True)).eval()
+            torch.save(model(*torch.load("{root}/inputs.pt")).logits.detach(), "{root}/logits.pt")"""
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE, capture_output=True)
+        assert torch.equal(torch.load(root / "logits.pt"), model(images, ids).logits)
+
+        make_vit(root / "other.pth", depth=2)
+        weights = torch.load(root / "other.pth")
+        torch.save({k: v + 1 for k, v in weights.items()}, root / "other.pth")
+        other = MoPE(load_vit(f"{root}/other.pth", 32), load_bert(f"{root}/bert"), 5, experts=4)
+        refused(lambda: other.load_trained_state(model.trained_state()), "vit.pth", "other.pth")
+        wider = MoPE(model.main, model.prior, 6, experts=4)
+        refused(lambda: wider.load_trained_state(model.trained_state()), "misshapen", "head")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weight files
+
+
+def test_bert_formats_are_the_same():
+    """pytorch_model.bin and model.safetensors, with and without the prefix, old and new LayerNorm names."""
+    with folder() as root:
+        weights = make_bert(root / "new")
+        old = {"bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+               for k, v in weights.items()}
+        old |= {"cls.predictions.bias": torch.zeros(15), "bert.embeddings.position_ids": torch.arange(40)}
+        shutil.copytree(root / "new", root / "old")
+        torch.save(old, root / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        shutil.copytree(root / "new", root / "safe")
+        (root / "safe" / "pytorch_model.bin").unlink()
+        write_safetensors(root / "safe" / "model.safetensors", weights)
+        ids = torch.tensor([[2, 5, 6, 8, 3]])
+        a, b, c = (load_bert(str(root / kind))(ids) for kind in ("new", "old", "safe"))
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_broken_weight_files_are_explained():
+    with folder() as root:
+        make_vit(root / "good.pth")
+        whole = (root / "good.pth").read_bytes()
+        legacy = torch.load(root / "good.pth")
+        torch.save(legacy, root / "legacy.pth", _use_new_zipfile_serialization=False)
+        old = (root / "legacy.pth").read_bytes()
+        contents = {"cut.pth": whole[:-1000], "half.pth": whole[:len(whole) // 2], "empty.pth": b"",
+                    "legacycut.pth": old[:-1000], "legacyhead.pth": old[:50], "page.pth": b"<!DOCTYPE html><html>",
+                    "pointer.pth": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"}
+        hints = {"empty.pth": "empty", "page.pth": "web page", "pointer.pth": "git lfs pull"}
+        for name, content in contents.items():
+            (root / name).write_bytes(content)
+            message = refused(lambda: load_vit(str(root / name), 32), name, hints.get(name, "cut short"), "download")
+            assert "\n" not in message
+        torch.save([1, 2], root / "list.pth")
+        refused(lambda: load_vit(str(root / "list.pth"), 32), "named tensors")
+        (root / "evil.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        refused(lambda: load_vit(str(root / "evil.pth"), 32), "evil.pth")
+
+        weights = torch.load(root / "good.pth")
+        extra = {k: v for k, v in weights.items()} | {"register_tokens": torch.zeros(1)}
+        lacking = {k: v for k, v in weights.items() if k != "encoder.ln.bias"}
+        misshapen = weights | {"encoder.ln.bias": torch.zeros(5)}
+        unknown = {"conv1.weight": torch.zeros(3)}
+        for name, state, hint in (("extra", extra, "1 unexpected (register_tokens)"), ("unknown", unknown, "not a ViT"),
+                                  ("lacking", lacking, "1 missing (norm.bias)"), ("misshapen", misshapen, "misshapen")):
+            torch.save(state, root / f"{name}.pth")
+            refused(lambda: load_vit(str(root / f"{name}.pth"), 32), f"{name}.pth", hint)
+        refused(lambda: load_vit(str(root / "good.pth"), 30), "30", "multiple of the patch size 8")
+        make_vit(root / "wide.pth", dim=128)
+        refused(lambda: load_vit(str(root / "wide.pth"), 32), "width 128", "heads")
+
+
+def test_broken_bert_folders_are_explained():
+    with folder() as root:
+        weights = make_bert(root / "bert")
+        refused(lambda: load_bert(str(root / "nowhere")), "nowhere", "no such folder")
+        refused(lambda: load_bert("bert-bass"), "bert-bass", "hub id")
+        refused(lambda: load_vit("vit_b_61"), "vit_b_61", "vit_b_16", "no such file")
+        (root / "empty").mkdir()
+        refused(lambda: load_bert(str(root / "empty")), "model.safetensors or pytorch_model.bin")
+        path = root / "bert" / "model.safetensors"
+        write_safetensors(path, weights)
+        whole = path.read_bytes()
+        for content in (whole[:-4], whole[:300], b"", b"<html>", b"\xff" * 100,
+                        whole.replace(b'"data_offsets": [0, ', b'"data_offsets": [9, ')):
+            assert content != whole
+            path.write_bytes(content)
+            refused(lambda: load_bert(str(root / "bert")), "model.safetensors", "download it again")
+        path.write_bytes(whole)
+        config = json.loads((root / "bert" / "config.json").read_text())
+        for change, hint in ((dict(model_type="roberta"), "roberta"), (dict(hidden_act="relu"), "relu"),
+                             (dict(hidden_size="x"), "config.json"), (dict(num_hidden_layers=3), "missing")):
+            (root / "bert" / "config.json").write_text(json.dumps(config | change))
+            refused(lambda: load_bert(str(root / "bert")), hint)
+        (root / "bert" / "config.json").write_text("{")
+        refused(lambda: load_bert(str(root / "bert")), "config.json")
+
+
+@contextlib.contextmanager
+def hub(root: Path, cut: tuple[str, ...] = ()):
+    """A loopback server over a folder, which can claim more bytes than it sends for some files."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(root))
+
+        def do_GET(self):
+            if not self.path.endswith(cut or ("\n",)):
+                return super().do_GET()
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:-10])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_hub_id_is_downloaded_once_and_checked():
+    with folder() as root:
+        make_bert(root / "www/someone/small-bert/resolve/main")
+        ids = torch.tensor([[2, 5, 6, 8, 3]])
+        with hub(root / "www") as url, mock.patch.dict(os.environ, HF_ENDPOINT=url):
+            first = load_bert("someone/small-bert")(ids)
+            refused(lambda: load_bert("someone/other"), "someone/other", "does not exist", url)
+        cached = root / "hub/checkpoints/someone--small-bert"
+        assert {f.name for f in cached.iterdir()} == {"config.json", "pytorch_model.bin", "vocab.txt"}
+        with mock.patch.dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9"):
+            assert torch.equal(load_bert("someone/small-bert")(ids), first), "from the cache"
+            message = refused(lambda: load_bert("someone/third"), "127.0.0.1:9/someone/third/resolve/main/config.json")
+            assert str(root / "hub") in message, "the error says where to put the file"
+        shutil.rmtree(cached)
+        with hub(root / "www", cut=("pytorch_model.bin",)) as url, mock.patch.dict(os.environ, HF_ENDPOINT=url):
+            refused(lambda: load_bert("someone/small-bert"), "pytorch_model.bin")
+        assert not list(cached.glob("pytorch_model*")), "nothing half-written stays"
+
+
+def test_named_vision_weights_are_checked_by_hash():
+    with folder() as root:
+        (root / "www").mkdir()
+        make_vit(root / "www/vit.pth")
+        digest = mope.sha256_of(root / "www/vit.pth")
+        with hub(root / "www") as url:
+            with mock.patch.dict(mope.VISION, good=(f"{url}/vit.pth", digest[:8]), bad=(f"{url}/./vit2.pth", "0" * 8)):
+                shutil.copy(root / "www/vit.pth", root / "www/vit2.pth")
+                assert load_vit("good", 32).source["sha256"] == digest
+                refused(lambda: load_vit("bad", 32), "vit2.pth", "hash")
+                assert (root / "hub/checkpoints/vit.pth").exists()
+                assert not list((root / "hub/checkpoints").glob("vit2*"))
+
+
+def test_hash_is_computed_once():
+    with folder() as root:
+        (root / "file").write_bytes(b"abc")
+        assert mope.sha256_of(root / "file").startswith("ba7816bf")
+        with mock.patch("hashlib.sha256", side_effect=AssertionError("computed again")):
+            assert mope.sha256_of(root / "file").startswith("ba7816bf")
+        time.sleep(0.01)
+        (root / "file").write_bytes(b"abd")
+        assert not mope.sha256_of(root / "file").startswith("ba7816bf")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_food101_defects():
+    with folder() as root:
+        make_food(root)
+        path = root / "texts/train_titles.csv"
+        rows = path.read_text().splitlines()
+        rows[2] = 'red_2.jpg,"a ""quoted"" title, with &#8211; and &amp;,red'  # and the quote never closes
+        rows[3] = rows[3].replace(".jpg", ".txt")
+        rows[4] = 'red_4.jpg,"[[""Wrapped""]]",red'
+        path.write_text("\r\n".join(rows) + "\r\n")
+        splits = data.load("food101", root)
+        samples = {s.id: s for name in ("train", "val") for s in splits[name].samples}
+        assert len(samples) == 40 and len(splits["val"]) == 4 and splits["train"].classes == ["green", "red"]
+        assert samples["red_2.jpg"].text == 'a "quoted" title, with – and &'
+        assert samples["green_3.jpg"].image.exists() and samples["red_4.jpg"].text == "Wrapped"
+        assert any("1 rows name a .txt" in note for note in splits["train"].notes)
+        again = data.load("food101", root, seed=5)
+        assert [s.id for s in again["val"].samples] == [s.id for s in splits["val"].samples]
+
+        path.write_text("no commas here\n")
+        refused(lambda: data.load("food101", root), "train_titles.csv:1", "image,title,class")
+        path.write_text("")
+        refused(lambda: data.load("food101", root), "empty")
+        path.unlink()
+        refused(lambda: data.load("food101", root), "train_titles.csv", "Expected", "kaggle", "python train.py")
+        refused(lambda: data.load("food101", root / "x"), "x", "images/{train,test}", "python train.py")
+
+
+def test_missing_images_are_counted_and_limited():
+    with folder() as root:
+        make_food(root, train_count=400, test_count=202)
+        (root / "images/train/red/red_0.jpg").unlink()
+        (root / "images/test/red/red_0.jpg").unlink()
+        splits = data.load("food101", root)
+        assert len(splits["train"]) + len(splits["val"]) == 399 and len(splits["test"]) == 202
+        assert "1 images do not exist: left out" in splits["train"].notes[0]
+        _, image, _, target, damaged = splits["test"][0, 0]
+        assert tuple(image[:, 5, 5].tolist()) == data.GREY and "red_0.jpg" in damaged and target == 1
+        for i in (2, 4):
+            (root / f"images/test/red/red_{i}.jpg").unlink()
+        refused(lambda: data.load("food101", root), "3 of 202", "red_2.jpg")
+
+
+def test_damaged_images_are_counted_and_limited():
+    with folder() as root:
+        make_food(root)
+        file = root / "images/test/red/red_0.jpg"
+        file.write_bytes(file.read_bytes()[:200])
+        pairs = data.load("food101", root)["test"]
+        assert "red_0.jpg" in pairs[0, 0][-1] and not pairs[0, 1][-1]
+        refused(lambda: data.check_damaged({str(file)}, len(pairs), "test"), "1 of 12", "red_0.jpg")
+        Image.new("RGB", (8, 8)).save(file)
+        with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 10):  # a decompression bomb is not an OSError
+            assert "red_0.jpg" in pairs[0, 0][-1]
+
+
+def test_every_kind_of_image_becomes_upright_rgb():
+    with folder() as root:
+        rng = np.random.default_rng(0)
+        base = Image.fromarray(rng.integers(0, 255, (64, 48, 3), dtype=np.uint8)).resize((48, 64))
+        base.save(root / "rgb.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by 90 degrees
+        kinds = {"grey.png": base.convert("L"), "palette.png": base.convert("P"), "alpha.png": base.convert("RGBA"),
+                 "cmyk.jpg": base.convert("CMYK"), "la.png": base.convert("LA")}
+        for name, image in kinds.items():
+            image.save(root / name)
+        Image.fromarray((np.asarray(base.convert("L"), np.uint16) * 257)).save(root / "deep.png")
+        base.transpose(Image.Transpose.ROTATE_90).save(root / "turned.png", exif=exif)
+        rgb, grey = data.decode(root / "rgb.png", 32), data.decode(root / "grey.png", 32)
+        for name in [*kinds, "deep.png", "turned.png"]:
+            image = data.decode(root / name, 32)
+            assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+            reference = grey if name in ("grey.png", "la.png", "deep.png") else rgb
+            assert (image.float() - reference.float()).abs().mean() < (40 if name == "palette.png" else 12), name
+        clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+        clear.save(root / "clear.png")
+        assert data.decode(root / "clear.png", 32).min() == 255, "transparent is white"
+
+
+def test_reduced_decoding_loses_nothing():
+    """A large JPEG decoded at a reduced scale gives what the full decoding gives, to a rounding of the resize."""
+    with folder() as root:
+        x, y = np.meshgrid(np.arange(640), np.arange(480))
+        image = np.stack([127 + 120 * np.sin(x / 40), 127 + 120 * np.sin(y / 30), (x + y) % 256 / 2], -1)
+        Image.fromarray(image.astype(np.uint8)).save(root / "large.jpg", quality=95)
+        for rng in (None, 7):
+            draws = [rng and np.random.default_rng(rng) for _ in range(2)]
+            reduced = data.decode(root / "large.jpg", 112, draws[0]).float()
+            with mock.patch("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *args: None):
+                full = data.decode(root / "large.jpg", 112, draws[1]).float()
+            assert not torch.equal(reduced, full) and (reduced - full).abs().mean() < 1.0
+
+
+def test_batches_depend_on_neither_workers_nor_resume():
+    with folder() as root:
+        make_food(root)
+        make_bert(root / "bert")
+        pairs = data.load("food101", root)["train"]
+        tokenizer = data.load_tokenizer(root / "bert", 12)
+
+        def batches(workers: int, epoch: int, start: int = 0, **kwargs) -> list:
+            loader = data.loader(pairs, tokenizer, 32, 12, seed=1, workers=workers, train=True, **kwargs)
+            loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start
+            return list(loader)
+
+        one, two = batches(0, 3), batches(2, 3)
+        assert len(one) == 3 and same(one, two) and not same(one, batches(0, 4))
+        assert same(one[2:], batches(0, 3, start=2))
+        assert one[0]["texts"][:, 0].unique().tolist() == [2] and one[0]["texts"].shape[1] <= 12
+        ends = [row[row != 0][-1].item() for row in one[0]["texts"]]
+        assert set(ends) == {3}, "[SEP] survives truncation"
+
+        dealt = [batches(0, 3, rank=r, world=2, accumulate=3) for r in (0, 1)]
+        assert [len(d) for d in dealt] == [9, 9] and all(len(b["index"]) == 2 for d in dealt for b in d)
+        first = sorted(i for d in dealt for b in d[:3] for i in b["index"].tolist())
+        assert first == sorted(one[0]["index"].tolist()), "a step has the same samples however it is dealt out"
+        seen = [i for r in (0, 1) for b in data.loader(pairs, tokenizer, 32, 8, rank=r, world=2)
+                for i in b["index"].tolist()]
+        assert sorted(seen) == list(range(len(pairs))), "evaluation sees every sample once"
+        refused(lambda: batches(0, 0, world=5), "--batch-size 12", "5")
+        refused(lambda: data.loader(pairs, tokenizer, 32, 64, train=True), "--batch-size 36")
+
+
+def test_train_size_is_seeded_and_stratified():
+    with folder() as root:
+        make_food(root)
+
+        def pick(size, seed):
+            return [s.id for s in data.load("food101", root, size, seed)["train"].samples]
+
+        for size, count in ((10, 10), (0.5, 18), (1, 1), (1.0, 1)):
+            chosen = pick(size, 0)
+            assert len(chosen) == count and abs(sum("red" in c for c in chosen) - count / 2) <= 1
+        assert pick(10, 0) == pick(10, 0) != pick(10, 1)
+        refused(lambda: pick(1000, 0), "--train-size 1000", "36")
+
+
+def test_jsonl_errors_name_file_and_line():
+    with folder() as root:
+        good = '{"image": "a.png", "text": "x", "label": "b"}'
+        Image.new("RGB", (8, 8)).save(root / "a.png")
+
+        def load(**files: str | bytes) -> dict:
+            for name in ("train", "val", "test"):
+                content = files.get(name, "\n".join([good] * 3))
+                (root / f"{name}.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
+            return data.load("jsonl", root)
+
+        assert len(load(train="\ufeff" + good + "\n\n" + good)["train"]) == 2, "a byte order mark and blank lines"
+        several = good.replace('"b"', '["b", "c"]')
+        splits = load(train=several, val=several, test=several)
+        assert splits["train"].multilabel and splits["train"].classes == ["b", "c"]
+        assert splits["train"][0, 0][3].tolist() == [1, 1]
+        for name, content, hint in (
+                ("train", good + "\n" + good.encode("utf-16").decode("latin-1"), "train.jsonl:2"),
+                ("train", good.encode() + b'\n{"text": "\xe9"}', "train.jsonl:2"), ("train", "[1]", "train.jsonl:1"),
+                ("train", good + "\n{", "train.jsonl:2"), ("val", '{"image": "a.png", "label": "b"}', "val.jsonl:1"),
+                ("test", "", "test split is empty"), ("test", good.replace('"b"', '"z"'), "'z'"),
+                ("val", several, "one of the 1 classes"), ("train", good + "\n" + several, "one of the")):
+            refused(lambda: load(**{name: content}), hint)
+
+
+def test_real_layouts():
+    counts = {"food101": (2374, 264, 2485, 81), "mmimdb": (996, 149, 398, 23), "snli_ve": (5260, 592, 1800, 3),
+              "grocery": (2640, 296, 2485, 81), "grocery_ve": (5280, 592, 4970, 3)}
+    for name, (*sizes, classes) in counts.items():
+        splits = data.load(name, shared(f"data/{name.removesuffix('_ve') if 'grocery' in name else name}"))
+        assert [len(splits[s]) for s in ("train", "val", "test")] == sizes, name
+        assert len(splits["train"].classes) == classes
+        assert splits["train"].multilabel == (name == "mmimdb")
+        drawn = [splits["train"].sample(3, epoch).text for epoch in range(8)]
+        assert (len(set(drawn)) > 1) == name.startswith("grocery"), "pairs are drawn anew each epoch"
+        assert len({splits["test"].sample(3, epoch).text for epoch in range(8)}) == 1
+    assert splits["train"].notes == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_metrics():
+    logits, labels = torch.tensor([[2.0, 1], [0, 1], [3, 0], [0, 5]]), torch.tensor([0, 0, 0, 1])
+    result = train.metrics(logits, labels, ["a", "b"])
+    assert result["accuracy"] == 0.75 and result["by_class"] == {"a": 0.6667, "b": 1.0}
+    chosen = torch.tensor([[1.0, 1, -1], [1, -1, -1], [-1, 1, -1]])
+    true = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 0]])
+    result = train.metrics(chosen, true, ["a", "b", "c"])
+    # a: TP 2; b: TP 1, FP 1, FN 1; c: nothing
+    assert abs(result["f1_micro"] - 6 / 8) < 1e-6 and abs(result["f1_macro"] - (1 + 0.5 + 0) / 3) < 1e-6
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    rates = [train.learning_rate(s, 100, 1.0) for s in range(100)]
+    assert max(rates) == 1 and rates.index(1.0) in (4, 5) and rates[0] == 0.2
+    assert all(a > b for a, b in zip(rates[5:], rates[6:])) and 0 < rates[-1] < 0.01
+
+
+def test_run_writes_its_files_and_learns():
+    with folder() as root:
+        out = root / "run"
+        train.main(arguments(root, "--out", str(out), "--lr", "0.01", "--epochs", "4"))
+        results = json.loads((out / "results.json").read_text())
+        assert results["test"]["accuracy"] >= 0.9 and results["epochs"] == 4
+        for key in ("dataset seed validation trainable_parameters total_parameters seconds images_per_second "
+                    "damaged_images").split():
+            assert key in results
+        config = json.loads((out / "config.json").read_text())
+        assert config["config"]["lr"] == 0.01 and torch.__version__.startswith(config["versions"]["torch"])
+        assert (out / "last.pt").stat().st_size < 8e6
+        header, *lines = (out / "predictions.csv").read_text().splitlines()
+        assert header == "id,text,label,prediction,probability" and len(lines) == 12
+        with Image.open(out / "routing.png") as picture:
+            assert picture.width > 200 and len(picture.getcolors(1 << 24)) > 50
+        assert not list(out.glob("*.tmp"))
+
+        # the same again is refused or done, never overwritten
+        before = (out / "best.pt").read_bytes()
+        argv = arguments(root, "--out", str(out), "--epochs", "4")
+        try:
+            train.main(argv + ["--lr", "0.01"])
+            raise AssertionError("a finished run should exit")
+        except SystemExit as done:
+            assert not done.code
+        refused(lambda: train.main(argv + ["--lr", "0.02"]), "lr", "--overwrite")
+        (out / "results.json").unlink()
+        refused(lambda: train.main(argv + ["--lr", "0.01"]), f"--resume {out}")
+        refused(lambda: train.main(["--resume", str(out), "--lr", "0.5"]), "--lr 0.5 contradicts")
+        assert (out / "best.pt").read_bytes() == before
+
+        # evaluation and prediction need the checkpoint and the backbones only
+        done = run(["--eval", "--checkpoint", f"{out}/best.pt"])
+        assert done.returncode == 0 and f'"accuracy": {results["test"]["accuracy"]}' in done.stdout, done.stderr
+        photo = shutil.copy(root / "food/images/test/red/red_0.jpg", root)
+        shutil.rmtree(root / "food")
+        done = run(["--predict", photo, "a photo", "--checkpoint", f"{out}/best.pt"])
+        assert done.returncode == 0 and re.search(r"^[01]\.\d+  red$", done.stdout, re.M), done.stderr
+        assert "busiest expert" in done.stdout
+        refused(lambda: train.main(["--predict", __file__, "x", "--checkpoint", f"{out}/best.pt"]), "not an image")
+
+
+def test_interrupted_and_resumed_equals_uninterrupted():
+    """A real SIGINT in the middle of an epoch: exit code 130, last.pt, and the same ending to the last bit."""
+    with folder() as root:
+        argv = arguments(root)
+        train.main([*argv, "--out", f"{root}/whole"])
+        hook = ("import os, signal, train, mope; n = []; old = mope.MoPE.forward\n"
+                "def forward(*a):\n"
+                "    n.append(1)\n"
+                "    if len(n) == 9: os.kill(os.getpid(), signal.SIGINT)\n"
+                "    return old(*a)\n"
+                "mope.MoPE.forward = forward; train.cli()")
+        done = subprocess.run([sys.executable, "-c", hook, *argv, "--out", f"{root}/cut"], cwd=HERE,
+                              capture_output=True, text=True)
+        assert done.returncode == 130 and f"python train.py --resume {root}/cut" in done.stdout, done.stderr
+        at = torch.load(root / "cut/last.pt", weights_only=True)["at"]
+        assert at["epoch"] == 1 and 0 < at["step"] < 6, "stopped inside the second epoch"
+        train.main(["--resume", f"{root}/cut"])
+        same_runs(root / "whole", root / "cut")
+
+
+def test_killed_run_resumes():
+    """A real SIGKILL, at an instant that nobody chose."""
+    with folder() as root:
+        argv = arguments(root)
+        train.main([*argv, "--out", f"{root}/whole"])
+        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *argv, "--out", f"{root}/cut"],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (root / "cut/log.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and not (root / "cut/results.json").exists()
+        train.main(["--resume", f"{root}/cut"])
+        same_runs(root / "whole", root / "cut")
+
+
+def test_second_signal_leaves_at_once():
+    signals = train.Signals()
+    try:
+        signals.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            signals.check()
+            raise AssertionError("Stopped expected")
+        except train.Stopped as stopped:
+            assert stopped.args == (signal.SIGTERM,)
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_non_finite_loss_stops_before_the_weights():
+    with folder() as root:
+        argv, out = arguments(root, "--out", f"{root}/run"), root / "run"
+        seen = []
+        original = train.task_loss
+
+        def poisoned(logits, labels):
+            seen.append(1)
+            return original(logits, labels) * (math.nan if len(seen) == 3 else 1)
+
+        models, build = [], train.build
+
+        def keep(*args):
+            models.append(build(*args))
+            return models[-1]
+
+        with mock.patch("train.task_loss", poisoned), mock.patch("train.build", keep):
+            refused(lambda: train.main(argv), "epoch 1, step 3", "last.pt", "--lr")
+        assert all(p.isfinite().all() for p in models[0][0].parameters())
+        assert torch.load(out / "last.pt", weights_only=True)["at"]["step"] == 0
+        train.main(["--resume", str(out)])
+        assert (out / "results.json").exists()
+
+
+def test_failed_write_leaves_the_old_file():
+    with folder() as root:
+        train.write(root / "file", "old")
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+            try:
+                train.write(root / "file", "new")
+                raise AssertionError("OSError expected")
+            except OSError:
+                pass
+        assert (root / "file").read_text() == "old" and [f.name for f in root.iterdir()] == ["file"]
+
+
+def test_accumulation_gives_the_gradient_of_the_large_batch():
+    """Without router noise and importance loss, which are per micro-batch."""
+    with folder() as root:
+        ends = []
+        for parts in ("1", "3"):
+            train.main(arguments(root, "--out", f"{root}/{parts}", "--experts", "1", "--epochs", "1", "--accumulate",
+                                 parts))
+            ends.append(torch.load(root / parts / "last.pt", weights_only=True)["trained"]["weights"])
+        for name in ends[0]:
+            assert torch.allclose(ends[0][name], ends[1][name], atol=2e-5), name
+
+
+def test_two_processes_equal_one():
+    """gloo under torchrun: the same weights after a run, and the same evaluation counts."""
+    with folder() as root:
+        argv = arguments(root, "--experts", "1", "--epochs", "1")
+        train.main([*argv, "--out", f"{root}/one"])
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                               str(HERE / "train.py"), *argv, "--out", f"{root}/two"], capture_output=True, text=True,
+                              timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        one, two = (torch.load(root / name / "last.pt", weights_only=True) for name in ("one", "two"))
+        for name, p in one["trained"]["weights"].items():
+            assert torch.allclose(p, two["trained"]["weights"][name], atol=2e-5), name
+        results = [json.loads((root / name / "results.json").read_text()) for name in ("one", "two")]
+        assert results[0]["test"]["samples"] == results[1]["test"]["samples"] == 12
+        assert results[0]["test"]["accuracy"] == results[1]["test"]["accuracy"]
+
+
+def test_text_as_main_modality():
+    with folder() as root:
+        train.main(arguments(root, "--main", "text", "--out", f"{root}/run", "--epochs", "1"))
+        state = torch.load(root / "run/last.pt", weights_only=True)
+        assert state["trained"]["weights"]["prompts.static"].shape == (2, 6, 32)  # BERT's layers and width
+
+
+def test_command_line_errors_are_one_message():
+    with folder() as root:
+        argv = arguments(root)
+        if not torch.cuda.is_available():
+            refused(lambda: train.main([*argv, "--device", "cuda"]), "--device cuda", "--device auto")
+        missing = [*argv, "--data-dir", f"{root}/nothing"]
+        with mock.patch("train.build", side_effect=AssertionError("data come first")):
+            refused(lambda: train.main(missing), "nothing", "Expected", "python train.py")
+        refused(lambda: train.main(["--eval"]), "--checkpoint")
+        refused(lambda: train.main(["--resume", str(root)]), "last.pt", "no such checkpoint")
+        refused(lambda: train.main([*argv, "--epochs", "0"]), "--epochs 0")
+        refused(lambda: train.main([*argv, "--text-length", "100"]), "--text-length 100", "40")
+        (root / "bad.pt").write_bytes(b"x")
+        refused(lambda: train.main(["--eval", "--checkpoint", str(root / "bad.pt")]), "bad.pt", "not a checkpoint")
+        done = run(missing)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_readme_commands_parse():
+    text = (HERE / "README.md").read_text()
+    commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+                for line in block.replace("\\\n", " ").splitlines() if "train.py" in line]
+    assert len(commands) >= 4
+    for command in commands:
+        words_ = shlex.split(command.split("&&")[-1].split("#")[0].split("; do")[-1].split(";")[0])
+        train.parse([w.replace("$", "1") if w.startswith("$") else w for w in words_[words_.index("train.py") + 1:]]
+                    if "train.py" in words_ else [])
+
+
+if __name__ == "__main__":
+    chosen = [(name, test) for name, test in list(globals().items()) if name.startswith("test_") and callable(test)
+              and (len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]))]
+    passed = failed = 0
+    for name, test in chosen:
+        began = time.perf_counter()
+        try:
+            test()
+            passed += 1
+            print(f"ok    {name}  ({time.perf_counter() - began:.1f} s)", flush=True)
+        except unittest.SkipTest as reason:
+            print(f"skip  {name}: {reason}", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(bool(failed or not passed))
