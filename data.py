@@ -262,7 +262,6 @@ class MMIMDb(JsonLines):
         "Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
         "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
 
-
     def read(self, split: str) -> Iterator[Sample]:
         prepared = (self.folder / "train.jsonl").exists()
         dropped, without = Counter(), 0

@@ -31,12 +31,12 @@ from mope import InputError, MoPE, effective_experts, load_bert, load_vit
 # What a data set decides, and any flag overrides. lr and weight decay are AdamW's; text_length counts word pieces,
 # [CLS] and [SEP] included.
 DEFAULTS = {
-    "food101":    dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=128),
-    "mmimdb":     dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=256),
-    "snli_ve":    dict(epochs=6, batch_size=64, lr=1e-3, weight_decay=1e-3, text_length=64),
-    "grocery":    dict(epochs=6, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=64),
-    "grocery_ve": dict(epochs=6, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=96),
-    "jsonl":      dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-3, text_length=128),
+    "food101":    dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=128),
+    "mmimdb":     dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=256),
+    "snli_ve":    dict(epochs=6, batch_size=64, lr=3e-3, weight_decay=1e-3, text_length=64),
+    "grocery":    dict(epochs=6, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=64),
+    "grocery_ve": dict(epochs=6, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=96),
+    "jsonl":      dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=128),
 }
 
 # flag -> default (a type where there is none or the data set decides), help
