@@ -438,37 +438,39 @@ def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
 # A picture of the routing
 
 
-def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor) -> None:
-    """routing.png: the mean routing weight of each expert by layer, and what each expert of one layer likes best.
+def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: int = 5) -> None:
+    """routing.png: the mean routing weight of each expert by layer, and what the busiest of one layer like best.
 
-    routing [n, L, k] of all samples. The layer shown is the one whose routing differs most between samples. Where
-    ids start with the kind of a question ("color-17"), the mean routing of each kind in that layer is drawn too.
+    routing [n, L, k] of all samples. The layer is the one whose routing differs most between samples. Where samples
+    have a kind of question, the mean routing of each kind in that layer is drawn too.
     """
     n, layers, k = routing.shape
     layer = int(routing.var(0).sum(-1).argmax())
-    experts = [f"{e + 1}" for e in range(k)]
+    names = [str(e + 1) for e in range(k)]
     kinds = sorted({s.id.rpartition("-")[0] for s in pairs.samples}) if pairs.source.has_kinds else []
-    tile, shown, cell = 112, 5, 34
-    top = 70 + cell * (layers + len(kinds)) + (90 if kinds else 40)
-    page = Image.new("RGB", (max(150 + cell * k, 130 + (tile + 40) * shown) + 30, top + 60 + (tile + 62) * k), "white")
+    tile, row, cell = 112, 172, 34
+    right = max(200 + cell * k, 560)
+    height = max(120 + row * min(k, busiest), 190 + cell * (layers + len(kinds)))
+    page = Image.new("RGB", (right + 130 + (tile + 40) * shown, height), "white")
     pen = ImageDraw.Draw(page)
 
-    heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)], experts,
-             f"Mean routing weight of each expert over {n:,} {pairs.split} samples")
+    heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)], names,
+             f"Mean routing weight (%) of each expert, {n:,} {pairs.split} samples")
     if kinds:
-        of_kind = [[s.id.rpartition("-")[0] == kind for s in pairs.samples] for kind in kinds]
-        heat_map(pen, 20, 80 + cell * layers, torch.stack([routing[torch.tensor(m), layer].mean(0) for m in of_kind]),
-                 kinds, experts, f"The same in layer {layer + 1}, by kind of question")
+        members = [torch.tensor([s.id.rpartition("-")[0] == kind for s in pairs.samples]) for kind in kinds]
+        heat_map(pen, 20, 110 + cell * layers, torch.stack([routing[m, layer].mean(0) for m in members]), kinds, names,
+                 f"The same in layer {layer + 1}, by kind of question")
 
-    pen.text((20, top), f"Layer {layer + 1}: the samples that weight each expert most", "black", FONT(18))
-    for e in range(k):
-        y = top + 40 + e * (tile + 62)
-        pen.text((20, y + tile // 2 - 10), f"expert {e + 1}", "black", FONT(16))
+    pen.text((right, 20), f"Layer {layer + 1}: its busiest experts, and the samples that weight them most", "black",
+             FONT(18))
+    share = routing[:, layer].mean(0)
+    for y, e in zip(range(70, height, row), share.argsort(descending=True)[:busiest].tolist()):
+        pen.text((right, y + tile // 2 - 20), f"expert {e + 1}\n{100 * share[e]:.0f} %", "black", FONT(16))
         for column, i in enumerate(distinct(pairs, routing[:, layer, e].argsort(descending=True).tolist(), shown)):
-            x, sample = 130 + column * (tile + 40), pairs.sample(i)
-            _, image, _, _, _ = pairs[0, i]
+            x = right + 110 + column * (tile + 40)
+            _, image, text, _, _ = pairs[0, i]
             page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile)), (x, y))
-            words = textwrap.wrap(sample.text, 24, max_lines=3, placeholder=" …")
+            words = textwrap.wrap(text, 24, max_lines=3, placeholder=" …")
             pen.text((x, y + tile + 2), "\n".join(words), "black", FONT(11))
     page.save(path)
 
