@@ -79,16 +79,17 @@ class Pairs(Dataset):
         sample = self.source.draw(self.samples[i], rng)
         try:
             image, damaged = decode(sample.image, self.image_size, rng if self.train else None, self.source.flip), ""
-        except (OSError, SyntaxError, ValueError, ArithmeticError, Image.DecompressionBombError):
+        except Exception:  # Pillow raises many types for damaged files; what is damaged is counted and limited
             grey = np.full((self.image_size, self.image_size, 3), GREY, np.uint8)
             image, damaged = torch.from_numpy(grey).permute(2, 0, 1), str(sample.image)
         return i, image, sample.text, self.target(sample.label), damaged
 
 
-def check_damaged(damaged: set[str], count: int, split: str) -> None:
-    """Raise InputError if more than 1 % of a split's images are missing or damaged."""
+def check_damaged(damaged: list[str], samples: list[Sample], split: str) -> None:
+    """Raise InputError if more than 1 % of the images that a split names are missing or damaged."""
+    count = len({str(sample.image) for sample in samples}) if damaged else 0
     if len(damaged) > MAX_BAD * count:
-        listed = "\n  ".join(sorted(damaged)[:10])
+        listed = "\n  ".join(damaged[:10])
         raise InputError(f"{len(damaged)} of {count:,} images of {split} are missing or cannot be read, more than "
                          f"{MAX_BAD:.0%}; download them again or take their rows out. The first:\n  {listed}")
 
@@ -164,14 +165,16 @@ class Layout:
     def load_split(self, split: str) -> list[Sample]:
         """All samples of a split; images that do not exist are noted, and left out of training."""
         samples = list(self.read(split))
-        missing = {str(s.image) for s in samples if isinstance(s.image, Path) and not s.image.exists()}
+        images = {s.image for s in samples if isinstance(s.image, Path)}
+        missing = sorted(str(image) for image in images if not image.exists())
         if missing:
             what = "left out" if split == "train" else "kept with a grey image"
-            self.notes[split].append(f"{len(missing)} images do not exist: {what}, for instance {min(missing)}")
+            self.notes[split].append(f"{len(missing)} images do not exist: {what}, for instance {missing[0]}")
         if not samples:
             raise InputError(f"{self.folder}: the {split} split is empty")
-        check_damaged(missing, len(samples), split)
-        return [s for s in samples if split != "train" or str(s.image) not in missing]
+        check_damaged(missing, samples, split)
+        gone = set(missing) if split == "train" else ()
+        return [s for s in samples if str(s.image) not in gone]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -403,11 +406,10 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     if train_size is not None:
         splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
 
-    several = isinstance(splits["train"][0].label, list)
+    several, known = isinstance(splits["train"][0].label, list), {*classes, *getattr(source, "products", ())}
     for split, samples in splits.items():
         for s in samples:
-            unknown = set(names_of(s.label)) - set(classes) - set(getattr(source, "products", ()))
-            if unknown or isinstance(s.label, list) != several:
+            if not known.issuperset(names_of(s.label)) or isinstance(s.label, list) != several:
                 raise InputError(f"{source.folder}, {split}, {s.id}: label {s.label!r}; expected "
                                  f"{'a list' if several else 'one'} of the {len(classes)} classes of train")
     return {split: Pairs(source, split, splits[split], classes, seed) for split in ("train", "val", "test")}
@@ -526,7 +528,7 @@ def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
     index, images, texts, targets, damaged = zip(*rows)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     return {"index": torch.tensor(index), "images": torch.stack(images), "texts": torch.tensor(ids),
-            "labels": torch.from_numpy(np.array(targets)), "damaged": [name for name in damaged if name]}
+            "labels": torch.stack([torch.as_tensor(t) for t in targets]), "damaged": [name for name in damaged if name]}
 
 
 class Batches:
@@ -563,8 +565,8 @@ class Batches:
 
 
 def start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # both are for the main process, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batch_size: int, seed: int = 0, workers: int = 0,
@@ -575,5 +577,5 @@ def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batch_size: int,
     pairs.image_size = image_size
     batches = Batches(len(pairs), batch_size, train, seed, rank, world, accumulate)
     return DataLoader(pairs, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, tokenizer),
-                      pin_memory=device == "cuda", persistent_workers=workers > 0, worker_init_fn=start_worker,
-                      generator=torch.Generator())  # its own: the global one belongs to the router's noise
+                      pin_memory=device == "cuda", persistent_workers=train and workers > 0,
+                      worker_init_fn=start_worker, generator=torch.Generator())  # its own: the global one belongs to the router's noise

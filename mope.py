@@ -19,6 +19,7 @@ Symbols, used in every shape below:
     B  batch                     L  layers of the main encoder     P  prompts of a layer, all kinds together
     N  tokens of a sequence      D  width of an encoder            l  prompts an expert holds
     H  attention heads           C  classes                        k  experts of a layer
+    S  side of an image          psi, D_y  feature of the prior modality, and its width
 
 Contents: attention and block - ViT - BERT - the three prompts - importance loss - fusion - pretrained weights.
 """
@@ -29,7 +30,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import urllib.error
@@ -52,7 +52,10 @@ class InputError(ValueError):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √d) v for q [B, H, Nq, d] and k, v [B, H, Nk, d]; mask [B, 1, 1, Nk], True = visible."""
+    """softmax(q kᵀ / √d) v for queries q [B, H, Nq, d], keys k and values v [B, H, Nk, d]; d = D/H.
+
+    mask [B, 1, 1, Nk]: True = this key is visible; None = all are.
+    """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask)
 
@@ -103,24 +106,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, prompts: Tensor | None = None, mask: Tensor | None = None,
                 queries: int | None = None) -> Tensor:
-        """x [B, N, D], prompts [B, P, D], mask [B, 1, 1, P + N] -> [B, N, D], or the first `queries` tokens.
-
-        The residual stream and the LayerNorms keep x's precision (float32); what enters a matrix product is
-        cast to the precision that the weights are held in (see `MoPE.hold_frozen`).
-        """
-        dtype = self.attn.qkv.weight.dtype
-        h = (self.norm1(x) if self.pre_norm else x).to(dtype)
-
-        context = h
-        if prompts is not None:
-            p = (self.norm1(prompts) if self.pre_norm else prompts).to(dtype)
-            context = torch.cat([p, h], dim=1)  # [B, P + N, D]
-
-        x = x[:, :queries] + self.attn(h[:, :queries], context, mask)
+        """x [B, N, D], prompts [B, P, D], mask [B, 1, 1, N + P] -> [B, N, D], or its first `queries` tokens."""
+        n = queries or x.shape[1]
+        context = x if prompts is None else torch.cat([x, prompts], dim=1)  # [B, N + P, D]
         if self.pre_norm:
-            return x + self.mlp(self.norm2(x).to(dtype))
-        x = self.norm1(x)
-        return self.norm2(x + self.mlp(x.to(dtype)))
+            context = self.norm1(context)
+            x = x[:, :n] + self.attn(context[:, :n], context, mask)
+            return x + self.mlp(self.norm2(x))
+
+        x = self.norm1(x[:, :n] + self.attn(context[:, :n], context, mask))
+        return self.norm2(x + self.mlp(x))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -145,8 +140,8 @@ class Encoder(nn.Module):
         """x [B, N, D] through all blocks; mask [B, N], True = a real token, or None."""
         if mask is not None:
             if prompts is not None:
-                mask = F.pad(mask, (prompts.shape[2], 0), value=True)  # every token sees every prompt
-            mask = mask[:, None, None]  # [B, 1, 1, P + N]
+                mask = F.pad(mask, (0, prompts.shape[2]), value=True)  # every token sees every prompt
+            mask = mask[:, None, None]  # [B, 1, 1, N + P]
 
         for i, block in enumerate(self.blocks):
             # A feature read off [CLS] needs no other output of the last layer, so the others are not computed.
@@ -179,8 +174,10 @@ class ViT(Encoder):
 
     def tokens(self, images: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
         """images [B, 3, S, S], uint8, not normalised -> tokens [B, 1 + N, D] after the final norm, [CLS] first."""
-        images = (images.float() - self.shift) / self.scale
-        x = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
+        if images.is_floating_point():
+            raise InputError("images are floating-point; expected uint8 pixels of 0 to 255, not normalised")
+        images = (images - self.shift) / self.scale
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.run(x, prompts, None, queries))
 
@@ -266,27 +263,22 @@ class ConditionalPrompts(nn.Module):
     def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
         """r_i = softmax(W_r,i psi / tau + noise): routing to mix with, and free of noise, both [B, L, k]."""
         if self.router is None:
-            one = psi.new_ones(len(psi), self.layers, 1)
-            return one, one
+            return (psi.new_ones(len(psi), self.layers, 1),) * 2
         logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
-        routing = logits.softmax(-1)
-        if not self.training:
-            return routing, routing
-
         # Noise while training only. The papers do not give its size; 1/k² stands in the authors' code.
-        noise = torch.randn_like(logits) / self.k ** 2
-        return (logits + noise).softmax(-1), routing
+        noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
+        return (logits + noise).softmax(-1), logits.softmax(-1)
 
     def forward(self, psi: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """psi [B, D_y] -> prompts [L, B, P, D] and the noise-free routing [B, L, k]; None where absent."""
-        psi = F.layer_norm(psi.float(), psi.shape[-1:])  # we: encoders differ in scale, router and MLP should not
+        psi = F.layer_norm(psi, psi.shape[-1:])  # we: encoders differ in scale, router and MLP should not
         prompts, routing = [], None
         if self.static is not None:
             prompts.append(self.static.unsqueeze(1).expand(-1, len(psi), -1, -1))  # [L, B, l, D]
         if self.experts is not None:
             mix, routing = self.route(psi)
             # P_d,i = sum_j r_i,j E_i,j: a dense mixture, every expert weighted
-            prompts.append(torch.einsum("blk,lkpd->lbpd", mix, self.experts))
+            prompts.append(torch.einsum("BLk,LklD->LBlD", mix, self.experts))
         if self.mapper is not None:
             prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))
         return (torch.cat(prompts, dim=2) if prompts else None), routing
@@ -327,7 +319,7 @@ class MoPE(nn.Module):
         logits, routing, importance = model(images, input_ids)
 
     Swap the encoders, and the inputs, for vision -> text. `prior_prompts` are ordinary learned prompts for the
-    prior encoder, as in the authors' code; with 0 of them it runs without autograd. The head sees both features
+    prior encoder, as in the authors' code; with 0 of them nothing in it needs a gradient. The head sees both features
     (`head="both"`; we: the authors' code uses the main one only), or "main", or "prior" alone.
     `finetune=True` trains the encoders too, for comparison. The rest goes to `ConditionalPrompts`.
     """
@@ -357,24 +349,19 @@ class MoPE(nn.Module):
         return self
 
     def hold_frozen(self, dtype: torch.dtype) -> MoPE:
-        """Keep the frozen matrices in `dtype`, instead of casting them in every step; norms stay float32."""
+        """Keep the frozen matrices in `dtype` instead of casting them in every step; then run under autocast."""
         for encoder in () if self.finetune else (self.main, self.prior):
             for module in encoder.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
         return self
 
-    def prior_feature(self, y: Tensor) -> Tensor:
-        """psi = E_y(y), [B, D_y]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.finetune or self.prior_prompts is not None)):
-            if self.prior_prompts is None:
-                return self.prior(y)
-            return self.prior(y, self.prior_prompts.unsqueeze(1).expand(-1, len(y), -1, -1))
-
     def forward(self, x: Tensor, y: Tensor) -> Output:
         """x: batch of the main modality, y: of the prior one; images [B, 3, S, S] uint8 or ids [B, N]."""
-        psi = self.prior_feature(y)
-        prompts, routing = self.prompts(psi)
+        vanilla = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+        psi = self.prior(y, None if vanilla is None else vanilla.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
+        with torch.autocast(psi.device.type, enabled=False):  # router and prompts in float32
+            prompts, routing = self.prompts(psi.float())
         features = [self.main(x, prompts)] if self.head_sees != "prior" else []
         if self.head_sees != "main":
             features.append(psi)
@@ -411,10 +398,15 @@ class MoPE(nn.Module):
                  "head": self.head, "all": self}
         lines = [f"{'parameters':<16}{'total':>14}{'frozen':>14}{'trainable':>14}"]
         for name, part in parts.items():
-            tensors = [] if part is None else [part] if isinstance(part, Tensor) else list(part.parameters())
-            total, trained = (sum(t.numel() for t in tensors if t.requires_grad or every) for every in (1, 0))
+            total, trained = count(part)
             lines.append(f"{name:<16}{total:>14,}{total - trained:>14,}{trained:>14,}")
         return "\n".join(lines) + f"  = {trained / total:.2%}"
+
+
+def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
+    """Parameters of a part, and how many of them are trained."""
+    tensors = [] if part is None else [part] if isinstance(part, Tensor) else list(part.parameters())
+    return sum(t.numel() for t in tensors), sum(t.numel() for t in tensors if t.requires_grad)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -458,7 +450,7 @@ def load_vit(name: str, image_size: int = 224, heads: int | None = None) -> ViT:
 
     vit = ViT(image_size, patch_size, dim, count_blocks(weights), heads, mlp_dim)
     weights["pos_embed"] = resize_positions(positions, image_size // patch_size)
-    return finish(vit, weights, path, name)
+    return fill(vit, weights, path, name)
 
 
 def load_bert(name: str, pooling: str = "mean") -> BERT:
@@ -480,7 +472,7 @@ def load_bert(name: str, pooling: str = "mean") -> BERT:
         raise InputError(f"{folder / 'config.json'}: {kind}; only ('bert', 'gelu', 'absolute') is implemented")
 
     bert.folder = folder
-    return finish(bert, rename_bert(read_weights(path)), path, name)
+    return fill(bert, rename_bert(read_weights(path)), path, name)
 
 
 def rename_vit(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -557,7 +549,7 @@ def check_total(own: dict[str, Tensor], given: dict[str, Tensor], origin: str | 
         raise InputError(f"{origin}: {'; '.join(found)} of {len(own)} tensors; this is not the model it is read as")
 
 
-def finish(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str) -> Encoder:
+def fill(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str) -> Encoder:
     """Load all weights or none, note where they came from, say so in a line."""
     check_total(encoder.state_dict(), weights, path)
     encoder.load_state_dict(weights)
@@ -576,16 +568,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values()):
             return weights
         wrong = "it holds something else than named tensors"
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # what torch.load and json raise for a damaged file is of many types
+        reason = (str(error) or repr(error)).splitlines()[0][:100]
+        wrong = f"it is cut short or of another format ({reason})"
         with path.open("rb") as file:
             start = file.read(200).lstrip()
-        wrong = f"it is cut short or of another format ({(str(error) or repr(error)).splitlines()[0][:100]})"
-        if not start:
-            wrong = "it is empty"
-        elif start.startswith(b"<"):
-            wrong = "it is a web page, not the file that the page links to"
-        elif start.startswith(b"version https://git-lfs"):
-            wrong = "it is a git-LFS pointer (run `git lfs pull`)"
+        for head, what in ((b"<", "it is a web page, not the file that the page links to"),
+                           (b"version https://git-lfs", "it is a git-LFS pointer (run `git lfs pull`)")):
+            wrong = what if start.startswith(head) else wrong if start else "it is empty"
     raise InputError(f"{path}: not a weight file: {wrong}; delete it and download it again")
 
 

@@ -436,9 +436,15 @@ def test_two_evaluations_are_bitwise_equal():
 
 
 def test_prior_without_prompts_runs_without_autograd():
-    psi = tiny(prior_prompts=0).prior_feature(words())
-    assert not psi.requires_grad
-    assert tiny().prior_feature(words()).requires_grad
+    for prior_prompts in (0, 4):
+        model, psi = tiny(prior_prompts=prior_prompts), []
+        model.prior.register_forward_hook(lambda module, inputs, output: psi.append(output))
+        model(pixels(), words())
+        assert psi[0].requires_grad == bool(prior_prompts)
+
+
+def test_images_must_be_pixels():
+    refused(lambda: tiny()(pixels().float() / 255, words()), "floating-point", "uint8")
 
 
 def test_head_can_see_one_feature():
@@ -455,7 +461,10 @@ def test_frozen_matrices_can_be_held_in_bfloat16():
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["main.blocks.0.attn.qkv.weight"] == torch.bfloat16
     assert kinds["main.blocks.0.norm1.weight"] == kinds["prompts.experts"] == torch.float32
-    rounded = model(pixels(), words()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, routing, _ = model(pixels(), words())
+    assert routing.dtype == torch.float32
+    rounded = rounded.float()
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
     rounded.sum().backward()
     assert model.prompts.experts.grad.dtype == torch.float32
@@ -700,7 +709,7 @@ def test_damaged_images_are_counted_and_limited():
         file.write_bytes(file.read_bytes()[:200])
         pairs = data.load("food101", root)["test"]
         assert "red_0.jpg" in pairs[0, 0][-1] and not pairs[0, 1][-1]
-        refused(lambda: data.check_damaged({str(file)}, len(pairs), "test"), "1 of 12", "red_0.jpg")
+        refused(lambda: data.check_damaged([str(file)], pairs.samples, "test"), "1 of 12", "red_0.jpg")
         Image.new("RGB", (8, 8)).save(file)
         with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 10):  # a decompression bomb is not an OSError
             assert "red_0.jpg" in pairs[0, 0][-1]

@@ -16,17 +16,18 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from mope import InputError, MoPE, effective_experts, load_bert, load_vit
+from mope import InputError, MoPE, count, effective_experts, load_bert, load_vit
 
 # What a data set decides, and any flag overrides. lr and weight decay are AdamW's; text_length counts word pieces,
 # [CLS] and [SEP] included.
@@ -77,7 +78,7 @@ CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "device": ["a
            "precision": ["auto", "float32", "bfloat16", "float16"]}
 
 # A resumed or evaluated run may move to another place or machine; all else must stay as it was.
-MOVABLE = ("data_dir", "vision", "text", "device", "workers")
+MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -113,6 +114,9 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
     given = {k: v for k, v in vars(args).items() if v is not None and k not in actions}
     if bool(args.eval or args.predict) != bool(args.checkpoint):
         raise InputError("--checkpoint FILE goes with --eval or --predict IMAGE TEXT")
+    if (args.resume or args.checkpoint) and (args.out or args.overwrite) or (args.resume and args.checkpoint):
+        raise InputError("--resume goes on in its own folder, and --checkpoint writes nothing: give one of them, "
+                         "without --out or --overwrite")
 
     if args.resume or args.checkpoint:
         path = args.checkpoint or args.resume / "last.pt"
@@ -222,18 +226,29 @@ def versions() -> dict[str, str]:
 # Processes (one, or several under torchrun) and signals
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(*words: object) -> None:
-    if rank() == 0:
+    if RANK == 0:
         tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
+
+
+def gather(items: list) -> list:
+    """The items of all processes in one list, in every process."""
+    if WORLD == 1:
+        return items
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def gather_damaged(names: list[str], pairs: data.Pairs) -> list[str]:
+    """All damaged images that any process met, once each; raises InputError where they are too many."""
+    names = sorted(set(gather(names)))
+    data.check_damaged(names, pairs.samples, pairs.split)
+    return names
 
 
 class Stopped(Exception):
@@ -250,7 +265,7 @@ class Signals:
 
     def note(self, number: int, frame: object) -> None:
         self.number = number
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
         for n in (signal.SIGINT, signal.SIGTERM):
             signal.signal(n, signal.SIG_DFL)
 
@@ -311,25 +326,20 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
 def evaluate(model: MoPE, loader, config: dict, device, autocast, signals: Signals) -> tuple[dict, dict]:
     """A whole split -> its metrics, and the rows behind them in the split's order; no sample counts twice."""
     model.eval()
-    rows, damaged = [], set()
-    for batch in tqdm(loader, "evaluating", disable=None if rank() == 0 else True, leave=False):
-        if world() == 1:
+    rows, damaged = [], []
+    for batch in tqdm(loader, "evaluating", disable=None if RANK == 0 else True, leave=False):
+        if WORLD == 1:
             signals.check()
-        x, y, labels = inputs(batch, config, device)
+        x, y, _ = inputs(batch, config, device)
         with autocast:
             logits, routing, _ = model(x, y)
         routing = logits.new_zeros(len(logits), 0, 0) if routing is None else routing
-        rows.append([t.float().cpu() if t.is_floating_point() else t.cpu()
-                     for t in (batch["index"], logits, labels, routing)])
-        damaged.update(batch["damaged"])
+        rows.append((batch["index"], logits.float().cpu(), batch["labels"], routing.cpu()))
+        damaged += batch["damaged"]
     model.train()
 
-    if world() > 1:  # every process has its own samples of the split
-        gathered = [None] * world()
-        dist.all_gather_object(gathered, (rows, damaged))
-        rows = [row for part, _ in gathered for row in part]
-        damaged = set().union(*(part for _, part in gathered))
-    data.check_damaged(damaged, len(loader.dataset), loader.dataset.split)
+    rows = gather(rows)  # every process had its own samples of the split
+    damaged = gather_damaged(damaged, loader.dataset)
     index, logits, labels, routing = (torch.cat(column) for column in zip(*rows))
     order = index.argsort()
     logits, labels, routing = logits[order], labels[order], routing[order]
@@ -356,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     config, state, out = resolve(args)
     device = pick_device(config["device"])
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     dtype, why = pick_precision(config["precision"], device)
     config["precision"] = str(dtype).removeprefix("torch.")
     torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
@@ -375,18 +385,17 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{config['data_dir']}: other classes than those the checkpoint was trained on")
     for name, split in splits.items():
         say(f"{name}: {len(split):,} samples", *(f"\n  {note}" for note in split.notes))
-    say(f"device: {device}, {config['precision']} ({why}), {world()} process{'es' if world() > 1 else ''}")
+    say(f"device: {device}, {config['precision']} ({why}), {WORLD} process{'es' if WORLD > 1 else ''}")
 
-    if rank() == 0:
-        model, tokenizer = build(config, classes, device, dtype)  # the first process downloads for all
-    if world() > 1:
-        dist.barrier()
-        if rank() > 0:
+    for turn in (True, False):  # the first process of each machine downloads for the others
+        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
             model, tokenizer = build(config, classes, device, dtype)
+        if WORLD > 1:
+            dist.barrier()
     say(model.report())
     loaders = {name: data.loader(
         split, tokenizer, config["image_size"], config["batch_size"], config["seed"], config["workers"],
-        train=name == "train", rank=rank(), world=world(), accumulate=config["accumulate"] if name == "train" else 1,
+        train=name == "train", rank=RANK, world=WORLD, accumulate=config["accumulate"] if name == "train" else 1,
         device=device.type) for name, split in splits.items()}
 
     if args.eval:
@@ -407,7 +416,7 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
     optimizer = torch.optim.AdamW(trainable, lr=config["lr"], weight_decay=config["weight_decay"],
                                   fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    network = DistributedDataParallel(model) if world() > 1 else model
+    network = DistributedDataParallel(model) if WORLD > 1 else model
 
     # All that training changes beside weights, optimizer and scaler. Random numbers need no state: data and
     # router noise are functions of the seed, the epoch or step, and the sample or process.
@@ -421,33 +430,38 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
         say(f"resumed {out} at epoch {at['epoch'] + 1}, step {at['step']} of {steps}")
 
     def save(name: str) -> None:
-        if rank() == 0:
+        if RANK == 0:
             write(out / name, dict(
                 config=config, versions=versions(), at=at, classes=loader.dataset.classes,
                 multilabel=loader.dataset.multilabel, trained=model.trained_state(),
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
 
     if not state:
+        if RANK == 0:
+            for name in ("results.json", "best.pt", "log.jsonl", "predictions.csv", "routing.png"):
+                (out / name).unlink(missing_ok=True)  # of the run that --overwrite replaces
         save("last.pt")
-        if rank() == 0:
+        if RANK == 0:
             write(out / "config.json", json.dumps({"config": config, "versions": versions()}, indent=1))
 
     pending = []  # losses still on the device
-    every = 1 if device.type == "cpu" and world() == 1 else 10  # steps between two looks at them
+    every = 1 if device.type == "cpu" and WORLD == 1 else 10  # steps between two looks at them
 
     def look() -> bool:
         """Bring pending losses to the host (nothing else in a step waits for the device); True = stop now."""
         values = torch.stack([*pending, pending[0].new_tensor(signals.number)])
-        if world() > 1:  # all processes see the same losses and the same signal, and leave together
+        if WORLD > 1:  # all processes see the same losses and the same signal, and leave together
             dist.all_reduce(values)
         *losses, signalled = values.tolist()
         pending.clear()
         for loss in losses:
-            at["losses"].append(loss / world())
+            at["losses"].append(loss / WORLD)
             if not math.isfinite(loss):
                 raise InputError(f"the loss or its gradient is not finite at epoch {at['epoch'] + 1}, step "
                                  f"{len(at['losses'])}; {out}/last.pt is from before. Try a lower --lr"
                                  + (" or --precision float32" if dtype != torch.float32 else ""))
+        if scaler.is_enabled() and scaler.get_scale() < 1:
+            raise InputError("float16 gradients overflow in every step; give --precision float32 or bfloat16")
         return signalled > 0
 
     try:
@@ -456,9 +470,9 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
             batches.epoch, batches.start = at["epoch"], at["step"]
             micro_batches = iter(loader)
             for _ in tqdm(range(at["step"], steps), f"epoch {at['epoch'] + 1}/{epochs}", initial=at["step"],
-                          total=steps, leave=False, disable=None if rank() == 0 else True):
+                          total=steps, leave=False, disable=None if RANK == 0 else True):
                 step = at["epoch"] * steps + at["step"]
-                torch.manual_seed((config["seed"] << 40) + (step << 12) + rank())
+                torch.manual_seed(int(np.random.SeedSequence([config["seed"], step, RANK]).generate_state(1)[0]))
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, epochs * steps, config["lr"])
 
@@ -467,7 +481,7 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                     batch = next(micro_batches)
                     at["damaged"] += batch["damaged"]
                     x, y, labels = inputs(batch, config, device)
-                    synchronise = world() == 1 or micro == accumulate - 1
+                    synchronise = WORLD == 1 or micro == accumulate - 1
                     with nullcontext() if synchronise else network.no_sync():
                         with autocast:
                             logits, _, importance = network(x, y)
@@ -485,7 +499,7 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                 pending.append(loss)
 
                 last = at["step"] == steps - 1
-                stop = look() if len(pending) == every or last or (world() == 1 and signals.number) else False
+                stop = look() if len(pending) == every or last or (WORLD == 1 and signals.number) else False
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -496,10 +510,10 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                     raise Stopped(signals.number or signal.SIGTERM)
 
             at["seconds"] += time.perf_counter() - began
-            data.check_damaged(set(at["damaged"]), len(loader.dataset), "train")
+            at["damaged"] = gather_damaged(at["damaged"], loader.dataset)
             validation, _ = evaluate(model, loaders["val"], config, device, autocast, signals)
             train_loss = sum(at["losses"]) / steps
-            at.update(epoch=at["epoch"] + 1, step=0, losses=[], damaged=sorted(set(at["damaged"])))
+            at.update(epoch=at["epoch"] + 1, step=0, losses=[])
             at["log"].append({"epoch": at["epoch"], "train_loss": train_loss, "validation": validation,
                               "seconds": round(at["seconds"], 1)})
             experts = validation.get("effective_experts")
@@ -511,41 +525,38 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
             if improved:
                 at.update(best=validation[metric], best_epoch=at["epoch"], validation=validation)
                 save("best.pt")
-            if rank() == 0:
+            if RANK == 0:
                 write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
             save("last.pt")
 
         finish(config, at, out, model, loaders, device, autocast, signals)
     except Stopped:
-        save("last.pt")
+        if at["epoch"] < epochs:  # later, last.pt is complete and the model holds the best weights
+            save("last.pt")
         say(f"stopped; continue with: python train.py --resume {out}")
         raise
 
 
 def finish(config, at, out, model, loaders, device, autocast, signals) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png."""
-    best = load_checkpoint(out / "best.pt") if rank() == 0 else None
-    if world() > 1:  # from the process that wrote it
-        holder = [best]
-        dist.broadcast_object_list(holder)
-        best = holder[0]
+    [best] = gather([load_checkpoint(out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
     model.load_trained_state(best["trained"])
     test, rows = evaluate(model, loaders["test"], config, device, autocast, signals)
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (1, 0))
+    total, trained = count(model)
     results = dict(
         dataset=config["dataset"], seed=config["seed"], epochs=config["epochs"], best_epoch=best["at"]["best_epoch"],
         test=test, validation=best["at"]["validation"], trainable_parameters=trained, total_parameters=total,
         seconds=round(at["seconds"], 1), images_per_second=round(at["images"] / at["seconds"], 1),
-        damaged_images=len(set(at["damaged"]) | rows["damaged"]), device=str(device), precision=config["precision"])
+        damaged_images=len({*at["damaged"], *rows["damaged"]}), device=str(device), precision=config["precision"])
     if device.type == "cuda":
         results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    if rank() > 0:
+    if RANK > 0:
         return
+    write(out / "results.json", json.dumps(results, indent=1))
     pairs = loaders["test"].dataset
     write_predictions(out / "predictions.csv", pairs, rows)
     if rows["routing"].numel():
         data.draw_routing(out / "routing.png", pairs, rows["routing"])
-    write(out / "results.json", json.dumps(results, indent=1))
     print_mistakes(test["by_class"], pairs.classes, rows)
     scores = "  ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1_micro", "f1_macro") if name in test)
     say(f"test, with the weights of epoch {results['best_epoch']}: {scores} on {test['samples']:,} samples; "
@@ -587,10 +598,10 @@ def predict(model: MoPE, tokenizer, image: str, text: str, config: dict, classes
     """Print the five most probable classes of one pair, and the experts that its routing used."""
     try:
         pixels = data.decode(Path(image), config["image_size"])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's are of many types
         raise InputError(f"{image}: not an image that can be read ({error})") from None
-    batch = {"images": pixels[None], "texts": torch.tensor([tokenizer.encode(text).ids]), "labels": torch.zeros(1)}
-    x, y, _ = inputs(batch, config, device)
+    x, y = pixels[None].to(device), torch.tensor([tokenizer.encode(text).ids], device=device)
+    x, y = (x, y) if config["main"] == "vision" else (y, x)
     with autocast:
         logits, routing, _ = model.eval()(x, y)
     probability = (logits.float().sigmoid() if multilabel else logits.float().softmax(-1))[0]
@@ -616,14 +627,14 @@ def cli() -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        print("error: out of memory; raise --accumulate (the same result in smaller parts), or lower --batch-size, "
-              "--text-length or --image-size, then continue with --resume", file=sys.stderr)
+        print("error: out of memory; continue with --resume and a higher --accumulate, which makes a step of smaller "
+              "parts; or start anew with a lower --batch-size, --text-length or --image-size", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        print(f"error: cannot write {error.filename or ''}: {error.strerror}; the files of the run are whole as they "
-              "were; make room, then continue with --resume", file=sys.stderr)
+        print(f"error: {error.filename or 'a file of the run'}: {error.strerror}; the run's files are whole, as they "
+              "were before; mend that, then continue with --resume", file=sys.stderr)
         sys.exit(1)
     finally:
         if dist.is_initialized():
