@@ -142,7 +142,8 @@ class Layout:
     tree = ""  # the expected tree and where to get it, for the error message
     flip = True  # may a training image be mirrored?
     classes: list[str] | None = None  # None: those of the training split, sorted
-    has_kinds = False  # do ids start with the kind of a question?
+    has_kinds = False  # do ids start with the kind of a question, "color by shape-17"?
+    generated = False  # is there no folder to look for?
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -374,7 +375,69 @@ class GroceryVE(Grocery):
         return sample._replace(text=text, label=str(label))
 
 
-DATASETS = {"food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery, "grocery_ve": GroceryVE,
+# The toy. An image has four quadrants, three of them with an object; no two objects share a shape or a colour.
+COLORS = {"red": (215, 45, 40), "green": (50, 165, 65), "blue": (50, 85, 215), "yellow": (235, 205, 45)}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+QUESTIONS = {"color": ("what color is {} ?", "tell me the color of {}"),
+             "shape": ("what shape is {} ?", "tell me the shape of {}"),
+             "place": ("where is {} ?", "tell me the place of {}")}
+CALLS = {"color": "the {} thing", "shape": "the {}"}  # an object is called by what is not asked for
+
+
+def draw_shapes(n: int, rng: np.random.Generator, quadrant: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """-> images [n, S, S, 3] uint8 of side S = 2 * quadrant, and cells [n, 4, 3]: shape, color and place of what is
+    in each quadrant, as numbers from 1; shape and color are 0 where it is empty."""
+    def different(high: int) -> np.ndarray:  # three different numbers below high for each image, [n, 3]
+        return rng.random((n, high)).argsort(1)[:, :3]
+
+    cells = np.zeros((n, 4, 3), int)
+    cells[..., 2] = np.arange(1, 5)
+    kinds = np.stack([different(len(SHAPES)), different(len(COLORS))], -1) + 1  # [n, 3, 2]
+    np.put_along_axis(cells[..., :2], different(4)[..., None], kinds, 1)
+
+    # A shape is an inequality on the offset (x, y) from its centre, in units of its radius. We draw 200 of each
+    # shape with other centres and radii, once, and every object is one of them.
+    centre, radius = rng.uniform(6, 10, (2, 200, 1, 1)), rng.uniform(4.5, 6.5, (200, 1, 1))
+    grid = np.arange(quadrant) + 0.5
+    x, y = (grid - centre[0]) / radius, (grid[:, None] - centre[1]) / radius  # [200, 1, Q], [200, Q, 1]
+    square = np.maximum(abs(x), abs(y))
+    masks = np.stack([np.zeros_like(square, bool), np.hypot(x, y) < 1, square < 0.85,
+                      (2 * abs(x) < y + 1) & (y < 0.9), (np.minimum(abs(x), abs(y)) < 0.3) & (square < 1)])
+    inside = masks[cells[..., 0], rng.integers(200, size=(n, 4))]  # [n, 4, Q, Q]
+
+    paint = np.array([(0, 0, 0), *COLORS.values()])[cells[..., 1]] * rng.uniform(0.75, 1, (n, 4, 1))  # [n, 4, 3]
+    ground = rng.integers(90, 210, (n, 1, 1, 1, 1))
+    images = np.where(inside[..., None], paint[:, :, None, None], ground).astype(np.uint8)  # [n, 4, Q, Q, 3]
+    images = images.reshape(n, 2, 2, quadrant, quadrant, 3).swapaxes(2, 3)
+    return images.reshape(n, 2 * quadrant, 2 * quadrant, 3), cells
+
+
+class Shapes(Layout):
+    """Generated: a picture of three coloured shapes, and a question about one of them -> the answer.
+
+    Without the picture four answers are left, without the question nine.
+    """
+
+    flip = False
+    has_kinds = generated = True
+    classes = [*COLORS, *SHAPES, *PLACES]
+    sizes = {"train": 20_000, "val": 1_000, "test": 2_000}
+
+    def read(self, split: str) -> Iterator[Sample]:
+        rng = np.random.default_rng(list(self.sizes).index(split))
+        images, cells = draw_shapes(self.sizes[split], rng)
+        names = {"shape": SHAPES, "color": tuple(COLORS), "place": PLACES}
+        for i, (image, objects) in enumerate(zip(images, cells)):
+            there = dict(zip(names, rng.choice(objects[objects[:, 0] > 0])))
+            by = rng.choice(["shape", "color"])
+            asked = rng.choice([name for name in names if name != by])
+            call = CALLS[by].format(names[by][there[by] - 1])
+            text = QUESTIONS[asked][rng.integers(2)].format(call)
+            yield Sample(f"{asked} by {by}-{i}", image, text, names[asked][there[asked] - 1])
+
+
+DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery, "grocery_ve": GroceryVE,
             "jsonl": JsonLines}
 
 
@@ -389,7 +452,7 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     split that a data set lacks is held out of train, stratified, by a fixed seed. Raises InputError.
     """
     source = DATASETS[dataset](Path(folder))
-    if not source.folder.is_dir():
+    if not source.generated and not source.folder.is_dir():
         source.require(source.folder)
     splits = {}
     has_val = not isinstance(source, JsonLines) or dataset in ("snli_ve", "mmimdb") or any(

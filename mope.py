@@ -125,15 +125,13 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What ViT and BERT share: a stack of blocks, each with prompts of its own, and the choice of a feature."""
+    """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
     source: dict | None = None  # name and sha256 of the file that the weights came from; set by the loaders
 
-    def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool, pooling: str):
+    def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
         super().__init__()
-        if pooling not in ("cls", "mean"):
-            raise InputError(f"pooling is {pooling!r}; expected 'cls' or 'mean'")
-        self.dim, self.depth, self.pooling = dim, depth, pooling
+        self.dim, self.depth = dim, depth
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps, pre_norm) for _ in range(depth))
 
     def run(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, queries: int | None) -> Tensor:
@@ -157,8 +155,8 @@ class ViT(Encoder):
     std = (0.229, 0.224, 0.225)
 
     def __init__(self, image_size: int = 224, patch_size: int = 16, dim: int = 768, depth: int = 12,
-                 heads: int = 12, mlp_dim: int = 3072, eps: float = 1e-6, pooling: str = "cls"):
-        super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=True, pooling=pooling)
+                 heads: int = 12, mlp_dim: int = 3072, eps: float = 1e-6):
+        super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=True)
         if image_size % patch_size:
             raise InputError(f"image size {image_size} is not a multiple of the patch size {patch_size}; "
                              f"try {round(image_size / patch_size) * patch_size}")
@@ -182,10 +180,8 @@ class ViT(Encoder):
         return self.norm(self.run(x, prompts, None, queries))
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """images [B, 3, S, S] -> feature [B, D]: [CLS], or with pooling "mean" the mean of the patches."""
-        if self.pooling == "cls":
-            return self.tokens(images, prompts, queries=1)[:, 0]
-        return self.tokens(images, prompts)[:, 1:].mean(1)
+        """images [B, 3, S, S] -> feature [B, D], the [CLS] token."""
+        return self.tokens(images, prompts, queries=1)[:, 0]
 
 
 class BERT(Encoder):
@@ -197,8 +193,10 @@ class BERT(Encoder):
     def __init__(self, vocab_size: int = 30522, dim: int = 768, depth: int = 12, heads: int = 12,
                  mlp_dim: int = 3072, max_length: int = 512, type_vocab: int = 2, eps: float = 1e-12,
                  pad_id: int = 0, pooling: str = "mean"):
-        super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=False, pooling=pooling)
-        self.max_length, self.pad_id = max_length, pad_id
+        super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=False)
+        if pooling not in ("cls", "mean"):
+            raise InputError(f"pooling is {pooling!r}; expected 'cls' or 'mean'")
+        self.max_length, self.pad_id, self.pooling = max_length, pad_id, pooling
         self.word_embeddings = nn.Embedding(vocab_size, dim)
         self.position_embeddings = nn.Embedding(max_length, dim)
         self.token_type_embeddings = nn.Embedding(type_vocab, dim)

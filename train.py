@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import errno
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -27,15 +28,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from mope import InputError, MoPE, count, effective_experts, load_bert, load_vit
+from mope import BERT, InputError, MoPE, ViT, count, effective_experts, load_bert, load_vit
 
 # What a data set decides, and any flag overrides. lr and weight decay are AdamW's; text_length counts word pieces,
 # [CLS] and [SEP] included.
 DEFAULTS = {
+    "shapes":     dict(epochs=4, batch_size=64, lr=1e-2, weight_decay=1e-3, text_length=16, vision=None, text=None,
+                       image_size=32, static=4, experts=6, dynamic=4, mapper=64, prior_prompts=0, workers=0),
     "food101":    dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=128),
     "mmimdb":     dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=256),
     "snli_ve":    dict(epochs=6, batch_size=64, lr=3e-3, weight_decay=1e-3, text_length=64),
-    "grocery":    dict(epochs=6, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=64),
+    "grocery":    dict(epochs=4, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=64),
     "grocery_ve": dict(epochs=6, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=96),
     "jsonl":      dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=128),
 }
@@ -57,7 +60,9 @@ FLAGS = {
         "experts": (16, "prompt experts a layer"),
         "dynamic": (6, "prompts that an expert holds"),
         "mapped": (True, "one prompt a layer mapped from the other modality"),
+        "mapper": (16, "hidden width of the MLP that maps it"),
         "prior-prompts": (4, "learned prompts a layer of the prior encoder"),
+        "head": ("both", "the features that the classifier sees: both, main or prior"),
         "importance": (0.01, "weight of the importance loss"),
     },
     "training": {
@@ -74,8 +79,8 @@ FLAGS = {
         "workers": (2, "processes that read images; 0 reads in the main one"),
     },
 }
-CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "device": ["auto", "cuda", "mps", "cpu"],
-           "precision": ["auto", "float32", "bfloat16", "float16"]}
+CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "head": ["both", "main", "prior"],
+           "device": ["auto", "cuda", "mps", "cpu"], "precision": ["auto", "float32", "bfloat16", "float16"]}
 
 # A resumed or evaluated run may move to another place or machine; all else must stay as it was.
 MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate")
@@ -88,7 +93,7 @@ MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags as typed: what was not given is None, so that a resumed run can tell a contradiction."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", choices=list(DEFAULTS))
+    parser.add_argument("--dataset", choices=list(DEFAULTS), help="default shapes, which needs no data")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, (default, text) in flags.items():
@@ -128,14 +133,12 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
                                  "leave it out, or start a new run with another --out")
         return {**state["config"], **given}, state, path.parent
 
-    dataset = args.dataset
-    if dataset is None:
-        raise InputError(f"no data set: give --dataset, one of {', '.join(DEFAULTS)}; --help has the rest")
+    dataset = args.dataset or "shapes"
     common = {flag.replace("-", "_"): None if isinstance(default, type) else default
               for flags in FLAGS.values() for flag, (default, _) in flags.items()}
     config = {**common, "dataset": dataset, "data_dir": f"data/{dataset}", **DEFAULTS[dataset], **given}
     least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
-                 prior_prompts=0, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
+                 prior_prompts=0, mapper=1, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
     for key, bound in least.items():
         if not bound <= config[key] < math.inf:
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {bound}")
@@ -280,7 +283,8 @@ class Signals:
 
 def build(config: dict, classes: list[str], device: torch.device, dtype: torch.dtype) -> tuple[MoPE, object]:
     """-> the model, and the tokenizer of its text encoder."""
-    encoders = {"vision": load_vit(config["vision"], config["image_size"]),
+    heads = PRETRAIN["heads"] if config["dataset"] == "shapes" else None
+    encoders = {"vision": load_vit(config["vision"], config["image_size"], heads),
                 "text": load_bert(config["text"], config["pooling"])}
     text = encoders["text"]
     if config["text_length"] > text.max_length:
@@ -289,7 +293,7 @@ def build(config: dict, classes: list[str], device: torch.device, dtype: torch.d
     torch.manual_seed(config["seed"])  # prompts, router, MLP and head
     model = MoPE(main, *encoders.values(), len(classes), prior_prompts=config["prior_prompts"],
                  static=config["static"], experts=config["experts"], dynamic=config["dynamic"],
-                 mapped=config["mapped"])
+                 mapped=config["mapped"], hidden=config["mapper"], head=config["head"])
     return model.hold_frozen(dtype).to(device), data.load_tokenizer(text.folder, config["text_length"])
 
 
@@ -350,6 +354,96 @@ def evaluate(model: MoPE, loader, config: dict, device, autocast, signals: Signa
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Encoders for the toy: two unimodal Transformers, pretrained here since nobody else did
+
+PRETRAIN = dict(dim=64, depth=4, heads=4, mlp_dim=128, patch_size=16, text_depth=2, steps=700, text_steps=300, seed=0)
+
+
+def pretrain(parent: Path) -> tuple[Path, Path]:
+    """-> the file of a tiny ViT and the folder of a tiny BERT, made once for each PRETRAIN.
+
+    The ViT sees pictures only: each patch names what it shows, and [CLS] names the object that a white frame marks.
+    The BERT sees questions only: its feature names their words, a third of them masked. (Masked words alone give all
+    questions nearly the same mean.) A prompt then has to do what the frame did: point.
+    """
+    key = hashlib.sha256(json.dumps(PRETRAIN).encode()).hexdigest()[:8]
+    folder = parent / f"shapes-encoders-{key}"
+    if (folder / "bert" / "vocab.txt").exists():
+        return folder / "vit.pth", folder / "bert"
+    (folder / "bert").mkdir(parents=True, exist_ok=True)
+    p = argparse.Namespace(**PRETRAIN)
+    torch.manual_seed(p.seed)
+    pretrain_vision(p, folder / "vit.pth")
+    pretrain_text(p, folder / "bert")
+    return folder / "vit.pth", folder / "bert"
+
+
+def fit(parameters: list, steps: int, what: str, step_loss) -> None:
+    """Minimise step_loss() -> (loss, accuracy); prints the accuracy of the last ten steps."""
+    optimizer, accuracies = torch.optim.AdamW(parameters, weight_decay=0.05, fused=True), []
+    for step in tqdm(range(steps), f"pretraining {what}", leave=False, disable=None):
+        loss, accuracy = step_loss()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 1e-3)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        accuracies.append(float(accuracy))
+    say(f"pretrained a tiny {what} encoder: {steps} steps, accuracy {sum(accuracies[-10:]) / 10:.3f}")
+
+
+def pretrain_vision(p: argparse.Namespace, path: Path) -> None:
+    images, cells = (torch.from_numpy(a) for a in data.draw_shapes(20_000, np.random.default_rng(100 + p.seed)))
+    images = images.permute(0, 3, 1, 2).contiguous()  # [n, 3, S, S]
+    q = images.shape[-1] // 2
+    vit = ViT(2 * q, p.patch_size, p.dim, p.depth, p.heads, p.mlp_dim)
+    name_patch, name_marked = (torch.nn.Linear(p.dim, 3 * 5) for _ in range(2))  # shape, color, place; 0 is none
+    border = torch.ones(q, q, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+
+    def step_loss() -> tuple[torch.Tensor, torch.Tensor]:
+        i, rows = torch.randint(len(images), (128,)), torch.arange(128)
+        marked = (torch.rand(128, 4) * (cells[i, :, 0] > 0)).argmax(1)  # one of the objects
+        x = images[i].view(-1, 3, 2, q, 2, q)
+        tile = x[rows, :, marked // 2, :, marked % 2]  # [128, 3, q, q]
+        x[rows, :, marked // 2, :, marked % 2] = tile.masked_fill(border, 255)
+        tokens = vit.tokens(x.view(-1, 3, 2 * q, 2 * q))
+        patches, one = name_patch(tokens[:, 1:]).view(-1, 5), name_marked(tokens[:, 0]).view(-1, 3, 5)
+        target = cells[i][rows, marked]  # [128, 3]
+        loss = F.cross_entropy(patches, cells[i].flatten()) + F.cross_entropy(one.flatten(0, 1), target.flatten())
+        return 3 * loss, (one.argmax(-1) == target).all(-1).float().mean()
+
+    fit([*vit.parameters(), *name_patch.parameters(), *name_marked.parameters()], p.steps, "vision", step_loss)
+    torch.save(vit.state_dict(), path)
+
+
+def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
+    texts = [sample.text for sample in data.Shapes(folder).read("train")][:5_000]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({word for text in texts for word in text.split()})]
+    sizes = dict(vocab_size=len(words), hidden_size=p.dim, num_hidden_layers=p.text_depth, num_attention_heads=p.heads,
+                 intermediate_size=p.mlp_dim, max_position_embeddings=16, type_vocab_size=1)
+    (folder / "config.json").write_text(json.dumps(
+        dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, **sizes)))
+    bert = BERT(*sizes.values())
+    name_words = torch.nn.Linear(p.dim, len(words))
+    number = {word: i for i, word in enumerate(words)}
+    ids = [torch.tensor([2, *(number[word] for word in text.split()), 3]) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # [n, N]
+
+    def step_loss() -> tuple[torch.Tensor, torch.Tensor]:
+        sentence = ids[torch.randint(len(ids), (128,))]
+        hidden = (torch.rand(sentence.shape) < 0.3) & (sentence > 4)
+        psi = bert(sentence.masked_fill(hidden, 4))
+        guess = name_words(F.layer_norm(psi, psi.shape[-1:]))  # [128, words]
+        target = torch.zeros_like(guess).scatter_(1, sentence, 1.0)
+        return F.binary_cross_entropy_with_logits(guess, target), ((guess > 0) == (target > 0)).float().mean()
+
+    fit([*bert.parameters(), *name_words.parameters()], p.text_steps, "text", step_loss)
+    torch.save(bert.state_dict(), folder / "pytorch_model.bin")
+    (folder / "vocab.txt").write_text("\n".join(words))  # last: it says that all is there
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -377,6 +471,12 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = build(config, state["classes"], device, dtype)
         model.load_trained_state(state["trained"])
         return predict(model, tokenizer, *args.predict, config, state["classes"], state["multilabel"], device, autocast)
+
+    if config["dataset"] == "shapes":
+        torch.set_num_threads(1)  # its matrices are too small to share: waiting for a second thread costs more
+    if config["vision"] is None or config["text"] is None:  # shapes has encoders of its own
+        vision, text = pretrain(out.parent)
+        config.update(vision=config["vision"] or str(vision), text=config["text"] or str(text))
 
     # Data first: a missing folder is found before any model is built.
     splits = data.load(config["dataset"], config["data_dir"], config["train_size"], config["seed"])
