@@ -437,8 +437,8 @@ class Shapes(Layout):
             yield Sample(f"{asked} by {by}-{i}", image, text, names[asked][there[asked] - 1])
 
 
-DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery, "grocery_ve": GroceryVE,
-            "jsonl": JsonLines}
+DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery,
+            "grocery_ve": GroceryVE, "jsonl": JsonLines}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -639,6 +639,7 @@ def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batch_size: int,
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete with the workers
     pairs.image_size = image_size
     batches = Batches(len(pairs), batch_size, train, seed, rank, world, accumulate)
-    return DataLoader(pairs, batch_sampler=batches, num_workers=workers, collate_fn=partial(collate, tokenizer),
-                      pin_memory=device == "cuda", persistent_workers=train and workers > 0,
-                      worker_init_fn=start_worker, generator=torch.Generator())  # its own: the global one belongs to the router's noise
+    return DataLoader(
+        pairs, batch_sampler=batches, collate_fn=partial(collate, tokenizer), pin_memory=device == "cuda",
+        num_workers=workers, persistent_workers=train and workers > 0, worker_init_fn=start_worker,
+        generator=torch.Generator())  # its own: the global one belongs to the router's noise

@@ -822,6 +822,42 @@ def test_jsonl_errors_name_file_and_line():
             refused(lambda: load(**{name: content}), hint)
 
 
+def test_shapes_need_both_modalities():
+    images, cells = data.draw_shapes(300, np.random.default_rng(0))
+    assert images.shape == (300, 32, 32, 3) and images.dtype == np.uint8
+    there = cells[..., 0] > 0
+    assert (there.sum(1) == 3).all() and (cells[~there][:, 1] == 0).all() and (cells[..., 2] == [1, 2, 3, 4]).all()
+    for column in (0, 1):  # no two objects of an image share a shape or a colour
+        assert all(len(set(row[row > 0])) == 3 for row in cells[..., column])
+    tiles = images.reshape(300, 2, 16, 2, 16, 3).swapaxes(2, 3).reshape(300, 4, 256, 3)
+    painted = (tiles.max(-1) != tiles.min(-1)).any(-1)  # the ground is grey
+    assert (painted == there).all()
+
+    samples = data.Shapes(Path()).load_split("val")
+    answers = {}
+    for sample in samples:
+        answers.setdefault(sample.text, set()).add(sample.label)
+    assert min(map(len, answers.values())) >= 3, "a question alone leaves its answer open"
+    again = data.Shapes(Path()).load_split("val")
+    assert all(a.text == b.text and (a.image == b.image).all() for a, b in zip(samples, again))
+    assert not any((a.image == b.image).all() for a, b in zip(samples, data.Shapes(Path()).load_split("test")))
+
+
+def test_default_run_pretrains_its_encoders_once():
+    with folder() as root, mock.patch.dict(train.PRETRAIN, steps=3, text_steps=3):
+        with mock.patch.dict(data.Shapes.sizes, train=256, val=64, test=64):
+            train.main(["--epochs", "1", "--out", f"{root}/a"])
+            encoders = {file: file.read_bytes() for file in root.glob("shapes-encoders-*/**/*") if file.is_file()}
+            assert {file.name for file in encoders} == {"vit.pth", "config.json", "pytorch_model.bin", "vocab.txt"}
+            with mock.patch("train.fit", side_effect=AssertionError("pretrained again")):
+                train.main(["--epochs", "1", "--seed", "1", "--out", f"{root}/b"])
+            assert all(file.read_bytes() == content for file, content in encoders.items())
+        results = json.loads((root / "b/results.json").read_text())
+        assert results["dataset"] == "shapes" and results["test"]["samples"] == 64
+        state = torch.load(root / "b/best.pt", weights_only=True)["trained"]
+        assert not any(name.startswith(("main.", "prior.")) for name in state["weights"]), "the encoders are frozen"
+
+
 def test_real_layouts():
     counts = {"food101": (2374, 264, 2485, 81), "mmimdb": (996, 149, 398, 23), "snli_ve": (5260, 592, 1800, 3),
               "grocery": (2640, 296, 2485, 81), "grocery_ve": (5280, 592, 4970, 3)}
