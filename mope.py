@@ -334,6 +334,11 @@ class MoPE(nn.Module):
         width = {"both": main.dim + prior.dim, "main": main.dim, "prior": prior.dim}[head]
         self.head = nn.Linear(width, num_classes)
 
+        conditional = self.prompts.router or self.prompts.mapper  # what makes the prompts depend on psi
+        if head == "prior" and count(self.prompts)[0] or head == "main" and prior_prompts and conditional is None:
+            raise InputError(f"a head that sees {head!r} leaves prompts of the other encoder without effect; set "
+                             + ("static=0, experts=0, mapped=False" if head == "prior" else "prior_prompts=0"))
+
         # Frozen by module, never by the names of parameters.
         for encoder in (main, prior):
             encoder.requires_grad_(finetune)

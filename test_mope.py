@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import io
 import json
 import math
 import os
@@ -448,10 +449,13 @@ def test_images_must_be_pixels():
 
 
 def test_head_can_see_one_feature():
-    for head, width in (("both", 40), ("main", 24), ("prior", 16)):
-        model = tiny(head=head)
+    none = dict(static=0, experts=0, mapped=False)
+    for head, width, sizes in (("both", 40, {}), ("main", 24, {}), ("prior", 16, none)):
+        model = tiny(head=head, **sizes)
         assert model.head.in_features == width and model(pixels(), words()).logits.shape == (4, 5)
     refused(lambda: tiny(head="all"), "all", "both")
+    refused(lambda: tiny(head="prior"), "without effect", "experts=0")
+    refused(lambda: tiny(head="main", experts=0, mapped=False), "without effect", "prior_prompts=0")
 
 
 def test_frozen_matrices_can_be_held_in_bfloat16():
@@ -1075,6 +1079,25 @@ def test_command_line_errors_are_one_message():
         refused(lambda: train.main(["--eval", "--checkpoint", str(root / "bad.pt")]), "bad.pt", "not a checkpoint")
         done = run(missing)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_out_of_memory_and_full_disk_are_one_sentence():
+    for error, word in ((torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"), (MemoryError(), "--batch-size"),
+                        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--accumulate"),
+                        (OSError(28, "No space left on device", "last.pt"), "last.pt: No space left")):
+        said = io.StringIO()
+        with mock.patch("train.main", side_effect=error), contextlib.redirect_stderr(said):
+            try:
+                train.cli()
+                raise AssertionError("it should exit")
+            except SystemExit as left:
+                assert left.code == 1 and word in said.getvalue() and said.getvalue().count("\n") == 1
+    with mock.patch("train.main", side_effect=RuntimeError("a bug of ours")):
+        try:
+            train.cli()
+            raise AssertionError("it should raise")
+        except RuntimeError as bug:
+            assert str(bug) == "a bug of ours"
 
 
 def test_readme_commands_parse():

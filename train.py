@@ -709,7 +709,7 @@ def predict(model: MoPE, tokenizer, image: str, text: str, config: dict, classes
         say(f"{p:.3f}  {classes[c]}")
     if routing is not None:
         weight, expert = routing[0].max(-1)
-        say("busiest expert of each layer:", ", ".join(f"{e} ({w:.2f})" for e, w in zip(expert.tolist(), weight)))
+        say("busiest expert of each layer:", ", ".join(f"{e + 1} ({w:.2f})" for e, w in zip(expert.tolist(), weight)))
 
 
 # ---------------------------------------------------------------------------------------------------------
