@@ -529,7 +529,8 @@ def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor, busiest: int =
     pen.text((right, 20), f"Layer {layer + 1}: its busiest experts, and the samples that weight them most", "black",
              FONT(18))
     share = routing[:, layer].mean(0)
-    for y, e in zip(range(70, height, row), share.argsort(descending=True)[:busiest].tolist()):
+    used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
+    for y, e in zip(range(70, height, row), used):
         pen.text((right, y + tile // 2 - 20), f"expert {e + 1}\n{100 * share[e]:.0f} %", "black", FONT(16))
         for column, i in enumerate(distinct(pairs, routing[:, layer, e].argsort(descending=True).tolist(), shown)):
             x = right + 110 + column * (tile + 40)

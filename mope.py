@@ -59,7 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask)
 
-    # On a CPU the fused kernel gained nothing in float32, and its backward pass was the slower one in bfloat16.
+    # On a CPU the two were alike in float32, and the fused kernel's backward pass was the slower one in bfloat16.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

@@ -474,9 +474,6 @@ def main(argv: list[str] | None = None) -> None:
 
     if config["dataset"] == "shapes":
         torch.set_num_threads(1)  # its matrices are too small to share: waiting for a second thread costs more
-    if config["vision"] is None or config["text"] is None:  # shapes has encoders of its own
-        vision, text = pretrain(out.parent)
-        config.update(vision=config["vision"] or str(vision), text=config["text"] or str(text))
 
     # Data first: a missing folder is found before any model is built.
     splits = data.load(config["dataset"], config["data_dir"], config["train_size"], config["seed"])
@@ -487,8 +484,11 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{name}: {len(split):,} samples", *(f"\n  {note}" for note in split.notes))
     say(f"device: {device}, {config['precision']} ({why}), {WORLD} process{'es' if WORLD > 1 else ''}")
 
-    for turn in (True, False):  # the first process of each machine downloads for the others
+    for turn in (True, False):  # the first process of each machine downloads, or pretrains, for the others
         if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+            if config["vision"] is None or config["text"] is None:  # shapes has encoders of its own
+                vision, text = pretrain(out.parent)
+                config.update(vision=config["vision"] or str(vision), text=config["text"] or str(text))
             model, tokenizer = build(config, classes, device, dtype)
         if WORLD > 1:
             dist.barrier()
