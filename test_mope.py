@@ -1056,6 +1056,18 @@ def test_two_processes_equal_one():
         assert results[0]["test"]["accuracy"] == results[1]["test"]["accuracy"]
 
 
+def test_half_precisions_train():
+    """The code path of a GPU, on the CPU: frozen matrices in half precision, autocast, the scaler of float16."""
+    with folder() as root:
+        for precision in ("bfloat16", "float16"):
+            train.main(arguments(root, "--precision", precision, "--out", f"{root}/{precision}", "--lr", "0.01"))
+            results = json.loads((root / precision / "results.json").read_text())
+            assert results["precision"] == precision and results["test"]["accuracy"] >= 0.9
+            state = torch.load(root / precision / "last.pt", weights_only=True)
+            assert all(w.dtype == torch.float32 for w in state["trained"]["weights"].values())
+            assert bool(state["scaler"]) == (precision == "float16")
+
+
 def test_text_as_main_modality():
     with folder() as root:
         train.main(arguments(root, "--main", "text", "--out", f"{root}/run", "--epochs", "1"))
