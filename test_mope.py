@@ -848,7 +848,8 @@ def test_shapes_need_both_modalities():
 
 
 def test_default_run_pretrains_its_encoders_once():
-    with folder() as root, mock.patch.dict(train.PRETRAIN, steps=3, text_steps=3):
+    # torch.set_num_threads would outlast this test, and another number of threads rounds differently
+    with folder() as root, mock.patch.dict(train.PRETRAIN, steps=3, text_steps=3), mock.patch("torch.set_num_threads"):
         with mock.patch.dict(data.Shapes.sizes, train=256, val=64, test=64):
             train.main(["--epochs", "1", "--out", f"{root}/a"])
             encoders = {file: file.read_bytes() for file in root.glob("shapes-encoders-*/**/*") if file.is_file()}
