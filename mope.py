@@ -121,13 +121,14 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # The two encoders. Inside, names are those of the DINOv2 and BERT checkpoints. An encoder takes one tensor and
 # optionally prompts [L, B, P, D], and knows nothing of where they come from. Another encoder can take the
-# place of either: `MoPE` needs dim, depth, prompt_scale and this call.
+# place of either: `MoPE` needs dim, depth, prompt_scale, source (or None) and this call.
 
 
 class Encoder(nn.Module):
     """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
     source: dict | None = None  # name and sha256 of the file that the weights came from; set by the loaders
+    prompt_scale: float  # bound of the uniform start of prompts for this encoder
 
     def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
         super().__init__()

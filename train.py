@@ -473,7 +473,7 @@ def main(argv: list[str] | None = None) -> None:
         return predict(model, tokenizer, *args.predict, config, state["classes"], state["multilabel"], device, autocast)
 
     if config["dataset"] == "shapes":
-        torch.set_num_threads(1)  # its matrices are too small to share: waiting for a second thread costs more
+        torch.set_num_threads(1)  # its matrices are tiny: beside any other load, waiting for a second thread is slow
 
     # Data first: a missing folder is found before any model is built.
     splits = data.load(config["dataset"], config["data_dir"], config["train_size"], config["seed"])
