@@ -107,14 +107,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, prompts: Tensor | None = None, mask: Tensor | None = None,
                 queries: int | None = None) -> Tensor:
         """x [B, N, D], prompts [B, P, D], mask [B, 1, 1, N + P] -> [B, N, D], or its first `queries` tokens."""
-        n = queries or x.shape[1]
-        context = x if prompts is None else torch.cat([x, prompts], dim=1)  # [B, N + P, D]
-        if self.pre_norm:
-            context = self.norm1(context)
-            x = x[:, :n] + self.attn(context[:, :n], context, mask)
-            return x + self.mlp(self.norm2(x))
+        h = self.norm1(x) if self.pre_norm else x
+        context = h
+        if prompts is not None:
+            context = torch.cat([h, self.norm1(prompts) if self.pre_norm else prompts], dim=1)  # [B, N + P, D]
+        if queries is not None:
+            x, h = x[:, :queries], h[:, :queries]
+        x = x + self.attn(h, context, mask)
 
-        x = self.norm1(x[:, :n] + self.attn(context[:, :n], context, mask))
+        if self.pre_norm:
+            return x + self.mlp(self.norm2(x))
+        x = self.norm1(x)
         return self.norm2(x + self.mlp(x))
 
 
@@ -142,10 +145,9 @@ class Encoder(nn.Module):
                 mask = F.pad(mask, (0, prompts.shape[2]), value=True)  # every token sees every prompt
             mask = mask[:, None, None]  # [B, 1, 1, N + P]
 
-        for i, block in enumerate(self.blocks):
+        for block, own in zip(self.blocks, [None] * self.depth if prompts is None else prompts.unbind()):
             # A feature read off [CLS] needs no other output of the last layer, so the others are not computed.
-            last = i == self.depth - 1
-            x = block(x, None if prompts is None else prompts[i], mask, queries if last else None)
+            x = block(x, own, mask, queries if block is self.blocks[-1] else None)
         return x
 
 
@@ -319,30 +321,29 @@ class MoPE(nn.Module):
 
     Swap the encoders, and the inputs, for vision -> text. `prior_prompts` are ordinary learned prompts for the
     prior encoder, as in the authors' code; with 0 of them nothing in it needs a gradient. The head sees both features
-    (`head="both"`; we: the authors' code uses the main one only), or "main", or "prior" alone.
-    `finetune=True` trains the encoders too, for comparison. The rest goes to `ConditionalPrompts`.
+    (`head="both"`; we: the authors' code uses the main one only) or "main" alone, which without dynamic and mapped
+    prompts is a model of one modality. `finetune=True` trains the encoders too, for comparison. The rest goes to
+    `ConditionalPrompts`.
     """
 
     def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, prior_prompts: int = 4,
                  head: str = "both", finetune: bool = False, **prompt_sizes):
         super().__init__()
-        if head not in ("both", "main", "prior"):
-            raise InputError(f"head is {head!r}; expected 'both', 'main' or 'prior'")
-        self.main, self.prior, self.head_sees, self.finetune = main, prior, head, finetune
+        if head not in ("both", "main"):
+            raise InputError(f"head is {head!r}; expected 'both' or 'main'")
+        self.main, self.prior, self.finetune = main, prior, finetune
         self.prompts = ConditionalPrompts(main.depth, main.dim, prior.dim, main.prompt_scale, **prompt_sizes)
         self.prior_prompts = uniform(
             prior.prompt_scale, prior.depth, prior_prompts, prior.dim) if prior_prompts else None
-        width = {"both": main.dim + prior.dim, "main": main.dim, "prior": prior.dim}[head]
-        self.head = nn.Linear(width, num_classes)
-
-        conditional = self.prompts.router or self.prompts.mapper  # what makes the prompts depend on psi
-        if head == "prior" and count(self.prompts)[0] or head == "main" and prior_prompts and conditional is None:
-            raise InputError(f"a head that sees {head!r} leaves prompts of the other encoder without effect; set "
-                             + ("static=0, experts=0, mapped=False" if head == "prior" else "prior_prompts=0"))
+        self.head_sees_psi = head == "both"
+        self.head = nn.Linear(main.dim + prior.dim * self.head_sees_psi, num_classes)
+        self.one_modality = not self.head_sees_psi and not self.prompts.router and not self.prompts.mapper
+        if self.one_modality and prior_prompts:
+            raise InputError("nothing of the prior modality reaches the head; set prior_prompts to 0")
 
         # Frozen by module, never by the names of parameters.
-        for encoder in (main, prior):
-            encoder.requires_grad_(finetune)
+        main.requires_grad_(finetune)
+        prior.requires_grad_(finetune and not self.one_modality)
         self.train()
 
     def train(self, mode: bool = True) -> MoPE:
@@ -362,14 +363,15 @@ class MoPE(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Output:
         """x: batch of the main modality, y: of the prior one; images [B, 3, S, S] uint8 or ids [B, N]."""
-        vanilla = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-        psi = self.prior(y, None if vanilla is None else vanilla.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
+        if self.one_modality:
+            psi = self.head.weight.new_zeros(len(x), self.prior.dim)
+        else:
+            vanilla = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+            psi = self.prior(y, None if vanilla is None else vanilla.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
         with torch.autocast(psi.device.type, enabled=False):  # router and prompts in float32
             prompts, routing = self.prompts(psi.float())
-        features = [self.main(x, prompts)] if self.head_sees != "prior" else []
-        if self.head_sees != "main":
-            features.append(psi)
-        logits = self.head(torch.cat(features, dim=-1).float())  # x_cls and psi_y -> classes
+        feature = self.main(x, prompts)
+        logits = self.head((torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature).float())
 
         no_router = self.prompts.router is None
         importance = logits.new_zeros(()) if no_router else importance_loss(routing)

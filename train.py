@@ -34,13 +34,27 @@ from mope import BERT, InputError, MoPE, ViT, count, effective_experts, load_ber
 # [CLS] and [SEP] included.
 DEFAULTS = {
     "shapes":     dict(epochs=4, batch_size=64, lr=1e-2, weight_decay=1e-3, text_length=16, vision=None, text=None,
-                       image_size=32, static=4, experts=6, dynamic=4, mapper=64, prior_prompts=0, workers=0),
+                       image_size=32, static=4, experts=6, dynamic=4, mapper=64, prior_prompts=0, workers=0,
+                       precision="float32"),
     "food101":    dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=128),
     "mmimdb":     dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=256),
     "snli_ve":    dict(epochs=6, batch_size=64, lr=3e-3, weight_decay=1e-3, text_length=64),
     "grocery":    dict(epochs=4, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=64),
     "grocery_ve": dict(epochs=6, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=96),
     "jsonl":      dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=128),
+}
+
+# The methods that --method compares differ in sizes, in what is trained and in what the head sees; any flag overrides
+# its part. ALL stands for as many prompts a layer as MoPE has.
+ALL = -1
+METHODS = {
+    "mope":        dict(),
+    "mapped":      dict(experts=0),
+    "vanilla":     dict(experts=0, mapped=False, static=ALL),
+    "late-concat": dict(experts=0, mapped=False, static=0, prior_prompts=0),
+    "finetune":    dict(experts=0, mapped=False, static=0, prior_prompts=0, finetune=True, lr=1e-4),
+    "image-only":  dict(experts=0, mapped=False, static=ALL, prior_prompts=0, head="main", main="vision"),
+    "text-only":   dict(experts=0, mapped=False, static=ALL, prior_prompts=0, head="main", main="text"),
 }
 
 # flag -> default (a type where there is none or the data set decides), help
@@ -51,6 +65,7 @@ FLAGS = {
         "text-length": (int, "word pieces kept of a text; lower it if memory runs out"),
     },
     "model": {
+        "method": ("mope", "a set of the sizes below: " + ", ".join(METHODS)),
         "vision": ("vit_b_16", "vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, or a file of such weights"),
         "text": ("bert-base-uncased", "bert-base-uncased, another hub id owner/name of a BERT, or a folder"),
         "image-size": (224, "a multiple of the patch size; a lower one is faster"),
@@ -62,7 +77,8 @@ FLAGS = {
         "mapped": (True, "one prompt a layer mapped from the other modality"),
         "mapper": (16, "hidden width of the MLP that maps it"),
         "prior-prompts": (4, "learned prompts a layer of the prior encoder"),
-        "head": ("both", "the features that the classifier sees: both, main or prior"),
+        "finetune": (False, "train the encoders too"),
+        "head": ("both", "the features that the classifier sees: both or main"),
         "importance": (0.01, "weight of the importance loss"),
     },
     "training": {
@@ -79,7 +95,7 @@ FLAGS = {
         "workers": (2, "processes that read images; 0 reads in the main one"),
     },
 }
-CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "head": ["both", "main", "prior"],
+CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "head": ["both", "main"], "method": list(METHODS),
            "device": ["auto", "cuda", "mps", "cpu"], "precision": ["auto", "float32", "bfloat16", "float16"]}
 
 # A resumed or evaluated run may move to another place or machine; all else must stay as it was.
@@ -136,7 +152,10 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
     dataset = args.dataset or "shapes"
     common = {flag.replace("-", "_"): None if isinstance(default, type) else default
               for flags in FLAGS.values() for flag, (default, _) in flags.items()}
-    config = {**common, "dataset": dataset, "data_dir": f"data/{dataset}", **DEFAULTS[dataset], **given}
+    base = {**common, "dataset": dataset, "data_dir": f"data/{dataset}", **DEFAULTS[dataset]}
+    config = {**base, **METHODS[given.get("method", "mope")], **given}
+    if config["static"] == ALL:
+        config["static"] = base["static"] + base["dynamic"] + base["mapped"]
     least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
                  prior_prompts=0, mapper=1, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
     for key, bound in least.items():
@@ -185,9 +204,10 @@ def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         good, unit = torch.cuda.get_device_capability(device) >= (8, 0), "bfloat16 tensor cores"
     else:
-        good = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        unit = "bfloat16 matrix unit"
-    return (torch.bfloat16, f"it has {unit}s") if good else (torch.float32, f"it has no {unit}")
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        good = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+        unit = "bfloat16 matrix instructions"
+    return (torch.bfloat16, f"it has {unit}") if good else (torch.float32, f"it has no {unit}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -293,7 +313,7 @@ def build(config: dict, classes: list[str], device: torch.device, dtype: torch.d
     torch.manual_seed(config["seed"])  # prompts, router, MLP and head
     model = MoPE(main, *encoders.values(), len(classes), prior_prompts=config["prior_prompts"],
                  static=config["static"], experts=config["experts"], dynamic=config["dynamic"],
-                 mapped=config["mapped"], hidden=config["mapper"], head=config["head"])
+                 mapped=config["mapped"], hidden=config["mapper"], head=config["head"], finetune=config["finetune"])
     return model.hold_frozen(dtype).to(device), data.load_tokenizer(text.folder, config["text_length"])
 
 
@@ -350,6 +370,7 @@ def evaluate(model: MoPE, loader, config: dict, device, autocast, signals: Signa
     result = metrics(logits, labels, loader.dataset.classes)
     if routing.numel():
         result["effective_experts"] = [round(e, 3) for e in effective_experts(routing).tolist()]
+        result["busiest_expert"] = [round(share, 3) for share in routing.mean(0).amax(-1).tolist()]
     return result, dict(logits=logits, labels=labels, routing=routing, damaged=damaged)
 
 
