@@ -248,6 +248,7 @@ class ConditionalPrompts(nn.Module):
         super().__init__()
         self.layers, self.dim, self.temperature = layers, dim, temperature
         self.k = experts if dynamic else 0
+        self.count = static + dynamic * bool(experts) + mapped  # P, tokens a layer
         self.static = uniform(bound, layers, static, dim) if static else None
         self.experts = uniform(bound, layers, self.k, dynamic, dim) if self.k else None
 
@@ -366,8 +367,8 @@ class MoPE(nn.Module):
         if self.one_modality:
             psi = self.head.weight.new_zeros(len(x), self.prior.dim)
         else:
-            vanilla = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-            psi = self.prior(y, None if vanilla is None else vanilla.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
+            own = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+            psi = self.prior(y, None if own is None else own.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
         with torch.autocast(psi.device.type, enabled=False):  # router and prompts in float32
             prompts, routing = self.prompts(psi.float())
         feature = self.main(x, prompts)
@@ -436,11 +437,10 @@ BERT_BASE_HASHES = {
 }
 
 
-def load_vit(name: str, image_size: int = 224, heads: int | None = None) -> ViT:
-    """A ViT in float32 from a name of `VISION` or a file in torchvision's or DINOv2's format.
+def load_vit(name: str, image_size: int = 224) -> ViT:
+    """A ViT in float32 from a name of `VISION` or a file in torchvision's or DINOv2's format. Raises InputError.
 
-    Sizes are read off the tensors. The number of heads is not in them: it follows from the width in every
-    public ViT of these widths; give `heads` for another. Raises InputError.
+    Sizes are read off the tensors, but for the number of heads, which follows from the width in the public ones.
     """
     path = find_vit(name)
     weights = rename_vit(read_weights(path), path)
@@ -450,11 +450,11 @@ def load_vit(name: str, image_size: int = 224, heads: int | None = None) -> ViT:
         positions = weights["pos_embed"]
     except KeyError as error:
         raise InputError(f"{path}: no tensor for {error}; this is not a ViT of torchvision or DINOv2") from None
-    heads = heads or {384: 6, 768: 12, 1024: 16}.get(dim)
-    if heads is None:
-        raise InputError(f"{path}: a ViT of width {dim}; expected 384, 768 or 1024, or give the number of heads")
+    heads = {64: 4, 384: 6, 768: 12, 1024: 16}  # 64: the one that train.py makes for its toy
+    if dim not in heads:
+        raise InputError(f"{path}: a ViT of width {dim}; expected one of {list(heads)}")
 
-    vit = ViT(image_size, patch_size, dim, count_blocks(weights), heads, mlp_dim)
+    vit = ViT(image_size, patch_size, dim, count_blocks(weights), heads[dim], mlp_dim)
     weights["pos_embed"] = resize_positions(positions, image_size // patch_size)
     return fill(vit, weights, path, name)
 

@@ -163,7 +163,7 @@ def arguments(root: Path, *more: str) -> list[str]:
         make_bert(root / "bert")
     return ["--dataset", "food101", "--data-dir", f"{root}/food", "--vision", f"{root}/vit.pth", "--text",
             f"{root}/bert", "--image-size", "32", "--text-length", "16", "--experts", "3", "--batch-size", "6",
-            "--epochs", "3", "--workers", "0", "--device", "cpu", *more]
+            "--epochs", "3", "--workers", "0", "--device", "cpu", "--precision", "float32", *more]
 
 
 def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
@@ -449,13 +449,18 @@ def test_images_must_be_pixels():
 
 
 def test_head_can_see_one_feature():
-    none = dict(static=0, experts=0, mapped=False)
-    for head, width, sizes in (("both", 40, {}), ("main", 24, {}), ("prior", 16, none)):
-        model = tiny(head=head, **sizes)
+    for head, width in (("both", 40), ("main", 24)):
+        model = tiny(head=head)
         assert model.head.in_features == width and model(pixels(), words()).logits.shape == (4, 5)
     refused(lambda: tiny(head="all"), "all", "both")
-    refused(lambda: tiny(head="prior"), "without effect", "experts=0")
-    refused(lambda: tiny(head="main", experts=0, mapped=False), "without effect", "prior_prompts=0")
+
+
+def test_one_modality_alone_needs_no_other_encoder():
+    model = tiny(head="main", experts=0, mapped=False, prior_prompts=0).eval()
+    with mock.patch.object(model.prior, "forward", side_effect=AssertionError("not needed")):
+        logits = model(pixels(), words()).logits
+    assert torch.equal(logits, model(pixels(), words().flip(0)).logits)
+    refused(lambda: tiny(head="main", experts=0, mapped=False), "prior_prompts")
 
 
 def test_frozen_matrices_can_be_held_in_bfloat16():
@@ -977,17 +982,14 @@ def test_killed_run_resumes():
 
 
 def test_second_signal_leaves_at_once():
-    signals = train.Signals()
     try:
-        signals.check()
+        for number in train.SIGNALS:
+            signal.signal(number, train.catch)
         os.kill(os.getpid(), signal.SIGTERM)
-        try:
-            signals.check()
-            raise AssertionError("Stopped expected")
-        except train.Stopped as stopped:
-            assert stopped.args == (signal.SIGTERM,)
+        assert train.CAUGHT == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
+        train.CAUGHT.clear()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""Train, evaluate and look at MoPE: `python train.py --help`. A plain loop; the method is in mope.py."""
+"""Train, evaluate, compare and look at MoPE: `python train.py --help`. A plain loop; the method is in mope.py."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import errno
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
 import platform
 import signal
+import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,10 +28,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from mope import BERT, InputError, MoPE, ViT, count, effective_experts, load_bert, load_vit
+from mope import BERT, Encoder, InputError, MoPE, ViT, count, effective_experts, load_bert, load_vit
 
 # What a data set decides, and any flag overrides. lr and weight decay are AdamW's; text_length counts word pieces,
 # [CLS] and [SEP] included.
@@ -44,8 +48,8 @@ DEFAULTS = {
     "jsonl":      dict(epochs=10, batch_size=32, lr=3e-3, weight_decay=1e-3, text_length=128),
 }
 
-# The methods that --method compares differ in sizes, in what is trained and in what the head sees; any flag overrides
-# its part. ALL stands for as many prompts a layer as MoPE has.
+# What --method compares differs in sizes, in what is trained and in what the head sees; a flag overrides its part.
+# ALL stands for as many prompts a layer as MoPE has.
 ALL = -1
 METHODS = {
     "mope":        dict(),
@@ -65,7 +69,7 @@ FLAGS = {
         "text-length": (int, "word pieces kept of a text; lower it if memory runs out"),
     },
     "model": {
-        "method": ("mope", "a set of the sizes below: " + ", ".join(METHODS)),
+        "method": ("mope", "what to train, as a set of the flags below: " + ", ".join(METHODS)),
         "vision": ("vit_b_16", "vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, or a file of such weights"),
         "text": ("bert-base-uncased", "bert-base-uncased, another hub id owner/name of a BERT, or a folder"),
         "image-size": (224, "a multiple of the patch size; a lower one is faster"),
@@ -77,8 +81,8 @@ FLAGS = {
         "mapped": (True, "one prompt a layer mapped from the other modality"),
         "mapper": (16, "hidden width of the MLP that maps it"),
         "prior-prompts": (4, "learned prompts a layer of the prior encoder"),
+        "head": ("both", "the features that the classifier sees: both, or main alone"),
         "finetune": (False, "train the encoders too"),
-        "head": ("both", "the features that the classifier sees: both or main"),
         "importance": (0.01, "weight of the importance loss"),
     },
     "training": {
@@ -92,6 +96,7 @@ FLAGS = {
     "machine": {
         "device": ("auto", "cuda, mps or cpu; auto is the first of them that is there"),
         "precision": ("auto", "float32, bfloat16 or float16; auto is bfloat16 where the hardware is good at it"),
+        "compile": (False, "torch.compile: faster steps after a minute or two"),
         "workers": (2, "processes that read images; 0 reads in the main one"),
     },
 }
@@ -99,7 +104,7 @@ CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "head": ["bot
            "device": ["auto", "cuda", "mps", "cpu"], "precision": ["auto", "float32", "bfloat16", "float16"]}
 
 # A resumed or evaluated run may move to another place or machine; all else must stay as it was.
-MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate")
+MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -126,12 +131,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for:")
     group.add_argument("--eval", action="store_true", help="evaluate it on the test split")
     group.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"), help="what it says of one pair")
+    group.add_argument("--summarize", nargs="+", metavar="RUN", type=Path, help="finished runs as a Markdown table")
+    group.add_argument("--benchmark", action="store_true", help="time loader, training step and evaluation, without "
+                       "--dataset on random weights and inputs")
     return parser.parse_args(argv)
+
+
+def defaults(dataset: str, method: str) -> dict:
+    """The whole configuration of a data set and a method, before any flag."""
+    config = {flag.replace("-", "_"): None if isinstance(default, type) else default
+              for flags in FLAGS.values() for flag, (default, _) in flags.items()}
+    config.update(dataset=dataset, data_dir=f"data/{dataset}", **DEFAULTS[dataset])
+    prompts = config["static"] + config["dynamic"] + config["mapped"]
+    config.update(METHODS[method], method=method)
+    return {key: prompts if value == ALL else value for key, value in config.items()}
 
 
 def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
     """-> the run's whole configuration, the checkpoint to go on from (or None), the run's folder."""
-    actions = ("out", "overwrite", "resume", "checkpoint", "eval", "predict")
+    actions = ("out", "overwrite", "resume", "checkpoint", "eval", "predict", "summarize", "benchmark")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in actions}
     if bool(args.eval or args.predict) != bool(args.checkpoint):
         raise InputError("--checkpoint FILE goes with --eval or --predict IMAGE TEXT")
@@ -149,33 +167,28 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
                                  "leave it out, or start a new run with another --out")
         return {**state["config"], **given}, state, path.parent
 
-    dataset = args.dataset or "shapes"
-    common = {flag.replace("-", "_"): None if isinstance(default, type) else default
-              for flags in FLAGS.values() for flag, (default, _) in flags.items()}
-    base = {**common, "dataset": dataset, "data_dir": f"data/{dataset}", **DEFAULTS[dataset]}
-    config = {**base, **METHODS[given.get("method", "mope")], **given}
-    if config["static"] == ALL:
-        config["static"] = base["static"] + base["dynamic"] + base["mapped"]
+    dataset = args.dataset or ("food101" if args.benchmark else "shapes")
+    config = {**defaults(dataset, args.method or "mope"), **given}
     least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
                  prior_prompts=0, mapper=1, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
     for key, bound in least.items():
         if not bound <= config[key] < math.inf:
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {bound}")
     out = args.out or Path("runs", dataset)
-    check_out(out, config, args.overwrite)
+    if not args.overwrite and not args.benchmark:
+        check_out(out, config)
     return config, None, out
 
 
-def check_out(out: Path, config: dict, overwrite: bool) -> None:
+def check_out(out: Path, config: dict) -> None:
     """Never write over another run unasked; exit 0 if this very run is finished already."""
-    if overwrite or not (out / "config.json").exists():
+    if not (out / "config.json").exists():
         return
     old = json.loads((out / "config.json").read_text())["config"]
-    differs = [k for k in config if k not in MOVABLE and config[k] not in (old.get(k), "auto")]
-    if differs:
-        key = differs[0]
-        raise InputError(f"{out} holds a run of other settings ({key}: {old.get(key)}, now {config[key]}); "
-                         "give another --out, or --overwrite to replace it")
+    for key in config:
+        if key not in MOVABLE and config[key] not in (old.get(key), "auto"):
+            raise InputError(f"{out} holds a run of other settings ({key}: {old.get(key)}, now {config[key]}); "
+                             "give another --out, or --overwrite to replace it")
     if (out / "results.json").exists():
         print(f"{out} holds this run, finished: {(out / 'results.json').read_text()}")
         sys.exit(0)
@@ -202,12 +215,11 @@ def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":
-        good, unit = torch.cuda.get_device_capability(device) >= (8, 0), "bfloat16 tensor cores"
+        good = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # newer PyTorch has both
         good = device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
-        unit = "bfloat16 matrix instructions"
-    return (torch.bfloat16, f"it has {unit}") if good else (torch.float32, f"it has no {unit}")
+    return (torch.bfloat16, "it multiplies bfloat16 fast") if good else (torch.float32, "it has no fast bfloat16")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -278,49 +290,58 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM (its number is the argument) came, and the step in hand is finished."""
 
 
-class Signals:
-    """The first Ctrl-C or SIGTERM asks for an orderly stop, the second one leaves at once."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = []  # the signal that asks for an orderly stop; a second one leaves at once
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
 
-    def note(self, number: int, frame: object) -> None:
-        self.number = number
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")
-        for n in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(n, signal.SIG_DFL)
-
-    def check(self) -> None:
-        if self.number:
-            raise Stopped(self.number)
+def catch(number: int, frame: object) -> None:
+    CAUGHT.append(number)
+    os.write(2, b"\nstopping after this step; once more to leave at once\n")
+    for n in SIGNALS:
+        signal.signal(n, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Model, evaluation, metrics
 
 
-def build(config: dict, classes: list[str], device: torch.device, dtype: torch.dtype) -> tuple[MoPE, object]:
-    """-> the model, and the tokenizer of its text encoder."""
-    heads = PRETRAIN["heads"] if config["dataset"] == "shapes" else None
-    encoders = {"vision": load_vit(config["vision"], config["image_size"], heads),
+@dataclass
+class Run:
+    """What main() prepares and the rest uses."""
+
+    config: dict
+    out: Path
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    model: MoPE
+    loaders: dict[str, DataLoader]
+
+    def forward(self, batch: dict, network: torch.nn.Module | None = None) -> tuple:
+        """A batch of a loader -> what MoPE.forward returns, and the labels on the device."""
+        images, texts, labels = (batch[k].to(self.device, non_blocking=True) for k in ("images", "texts", "labels"))
+        x, y = (images, texts) if self.config["main"] == "vision" else (texts, images)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return *(network or self.model)(x, y), labels
+
+
+def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype) -> tuple[MoPE, Path]:
+    """-> the model, and the folder where the tokenizer of its text encoder lies."""
+    encoders = {"vision": load_vit(config["vision"], config["image_size"]),
                 "text": load_bert(config["text"], config["pooling"])}
     text = encoders["text"]
     if config["text_length"] > text.max_length:
         raise InputError(f"--text-length {config['text_length']}: {config['text']} reads at most {text.max_length}")
-    main = encoders.pop(config["main"])
+    return assemble(config, encoders, classes, device, dtype), text.folder
+
+
+def assemble(config: dict, encoders: dict, classes: int, device: torch.device, dtype: torch.dtype) -> MoPE:
     torch.manual_seed(config["seed"])  # prompts, router, MLP and head
-    model = MoPE(main, *encoders.values(), len(classes), prior_prompts=config["prior_prompts"],
-                 static=config["static"], experts=config["experts"], dynamic=config["dynamic"],
-                 mapped=config["mapped"], hidden=config["mapper"], head=config["head"], finetune=config["finetune"])
-    return model.hold_frozen(dtype).to(device), data.load_tokenizer(text.folder, config["text_length"])
-
-
-def inputs(batch: dict, config: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> main modality, prior modality, labels, on the device."""
-    images, texts, labels = (batch[k].to(device, non_blocking=True) for k in ("images", "texts", "labels"))
-    return (images, texts, labels) if config["main"] == "vision" else (texts, images, labels)
+    sizes = ("prior_prompts", "head", "finetune", "static", "experts", "dynamic", "mapped")
+    model = MoPE(encoders.pop(config["main"]), *encoders.values(), classes, hidden=config["mapper"],
+                 **{key: config[key] for key in sizes}).hold_frozen(dtype).to(device)
+    if config["compile"]:
+        model.compile()
+    return model
 
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -347,20 +368,18 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
 
 
 @torch.no_grad()
-def evaluate(model: MoPE, loader, config: dict, device, autocast, signals: Signals) -> tuple[dict, dict]:
+def evaluate(run: Run, split: str) -> tuple[dict, dict]:
     """A whole split -> its metrics, and the rows behind them in the split's order; no sample counts twice."""
-    model.eval()
-    rows, damaged = [], []
+    run.model.eval()
+    rows, damaged, loader = [], [], run.loaders[split]
     for batch in tqdm(loader, "evaluating", disable=None if RANK == 0 else True, leave=False):
-        if WORLD == 1:
-            signals.check()
-        x, y, _ = inputs(batch, config, device)
-        with autocast:
-            logits, routing, _ = model(x, y)
+        if CAUGHT and WORLD == 1:
+            raise Stopped(CAUGHT[0])
+        logits, routing, _, _ = run.forward(batch)
         routing = logits.new_zeros(len(logits), 0, 0) if routing is None else routing
         rows.append((batch["index"], logits.float().cpu(), batch["labels"], routing.cpu()))
         damaged += batch["damaged"]
-    model.train()
+    run.model.train()
 
     rows = gather(rows)  # every process had its own samples of the split
     damaged = gather_damaged(damaged, loader.dataset)
@@ -478,6 +497,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.summarize:
+        print(summarize(args.summarize))
+        return
     config, state, out = resolve(args)
     device = pick_device(config["device"])
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
@@ -485,16 +507,16 @@ def main(argv: list[str] | None = None) -> None:
     dtype, why = pick_precision(config["precision"], device)
     config["precision"] = str(dtype).removeprefix("torch.")
     torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    signals = Signals()
+    CAUGHT.clear()
+    for number in SIGNALS:
+        signal.signal(number, catch)
 
     if args.predict:
-        model, tokenizer = build(config, state["classes"], device, dtype)
-        model.load_trained_state(state["trained"])
-        return predict(model, tokenizer, *args.predict, config, state["classes"], state["multilabel"], device, autocast)
-
+        return predict(Run(config, out, device, dtype, None, {}), state, *args.predict)
     if config["dataset"] == "shapes":
         torch.set_num_threads(1)  # its matrices are tiny: beside any other load, waiting for a second thread is slow
+    if args.benchmark and not args.dataset:
+        return benchmark(Run(config, out, device, dtype, None, {}))
 
     # Data first: a missing folder is found before any model is built.
     splits = data.load(config["dataset"], config["data_dir"], config["train_size"], config["seed"])
@@ -510,33 +532,37 @@ def main(argv: list[str] | None = None) -> None:
             if config["vision"] is None or config["text"] is None:  # shapes has encoders of its own
                 vision, text = pretrain(out.parent)
                 config.update(vision=config["vision"] or str(vision), text=config["text"] or str(text))
-            model, tokenizer = build(config, classes, device, dtype)
+            model, folder = build(config, len(classes), device, dtype)
         if WORLD > 1:
             dist.barrier()
     say(model.report())
+    tokenizer = data.load_tokenizer(folder, config["text_length"])
     loaders = {name: data.loader(
         split, tokenizer, config["image_size"], config["batch_size"], config["seed"], config["workers"],
         train=name == "train", rank=RANK, world=WORLD, accumulate=config["accumulate"] if name == "train" else 1,
         device=device.type) for name, split in splits.items()}
+    run = Run(config, out, device, dtype, model, loaders)
 
-    if args.eval:
+    if args.benchmark:
+        benchmark(run)
+    elif args.eval:
         model.load_trained_state(state["trained"])
-        result, _ = evaluate(model, loaders["test"], config, device, autocast, signals)
-        say(f"{args.checkpoint}, test:", json.dumps(result))
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    train(config, state, out, model, loaders, device, dtype, autocast, signals)
+        say(f"{args.checkpoint}, test:", json.dumps(evaluate(run, "test")[0]))
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        train(run, state)
 
 
-def train(config, state, out, model, loaders, device, dtype, autocast, signals) -> None:
+def train(run: Run, state: dict | None) -> None:
     """The training loop, from the start or from a checkpoint, and the final evaluation."""
-    loader, batches = loaders["train"], loaders["train"].batch_sampler
-    epochs, accumulate, steps = config["epochs"], config["accumulate"], batches.steps
+    config, out, device, model, loader = run.config, run.out, run.device, run.model, run.loaders["train"]
+    batches, epochs, accumulate = loader.batch_sampler, config["epochs"], config["accumulate"]
+    steps = batches.steps
     metric = "f1_micro" if loader.dataset.multilabel else "accuracy"
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config["lr"], weight_decay=config["weight_decay"],
                                   fused=device.type in ("cpu", "cuda"))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     network = DistributedDataParallel(model) if WORLD > 1 else model
 
     # All that training changes beside weights, optimizer and scaler. Random numbers need no state: data and
@@ -568,22 +594,24 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
     pending = []  # losses still on the device
     every = 1 if device.type == "cpu" and WORLD == 1 else 10  # steps between two looks at them
 
-    def look() -> bool:
-        """Bring pending losses to the host (nothing else in a step waits for the device); True = stop now."""
-        values = torch.stack([*pending, pending[0].new_tensor(signals.number)])
+    def look() -> int:
+        """Bring pending losses to the host (nothing else in a step waits for the device) -> a signal to stop for."""
+        values = torch.stack([*pending, pending[0].new_tensor(CAUGHT[0] if CAUGHT else 0)])
         if WORLD > 1:  # all processes see the same losses and the same signal, and leave together
-            dist.all_reduce(values)
+            values[:-1] /= WORLD
+            dist.all_reduce(values[:-1])
+            dist.all_reduce(values[-1:], dist.ReduceOp.MAX)
         *losses, signalled = values.tolist()
         pending.clear()
-        for loss in losses:
-            at["losses"].append(loss / WORLD)
-            if not math.isfinite(loss):
-                raise InputError(f"the loss or its gradient is not finite at epoch {at['epoch'] + 1}, step "
-                                 f"{len(at['losses'])}; {out}/last.pt is from before. Try a lower --lr"
-                                 + (" or --precision float32" if dtype != torch.float32 else ""))
+        at["losses"] += losses
+        if not math.isfinite(sum(losses)):
+            step = next(i for i, loss in enumerate(at["losses"], 1) if not math.isfinite(loss))
+            raise InputError(f"the loss or its gradient is not finite at epoch {at['epoch'] + 1}, step {step}; "
+                             f"{out}/last.pt is from before. Try a lower --lr"
+                             + (" or --precision float32" if run.dtype != torch.float32 else ""))
         if scaler.is_enabled() and scaler.get_scale() < 1:
             raise InputError("float16 gradients overflow in every step; give --precision float32 or bfloat16")
-        return signalled > 0
+        return int(signalled)
 
     try:
         while at["epoch"] < epochs:
@@ -601,14 +629,12 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                 for micro in range(accumulate):
                     batch = next(micro_batches)
                     at["damaged"] += batch["damaged"]
-                    x, y, labels = inputs(batch, config, device)
                     synchronise = WORLD == 1 or micro == accumulate - 1
                     with nullcontext() if synchronise else network.no_sync():
-                        with autocast:
-                            logits, _, importance = network(x, y)
-                            part = task_loss(logits.float(), labels) + config["importance"] * importance
-                        scaler.scale(part / accumulate).backward()
-                    loss += part.detach() / accumulate
+                        logits, _, importance, labels = run.forward(batch, network)
+                        part = (task_loss(logits.float(), labels) + config["importance"] * importance) / accumulate
+                        scaler.scale(part).backward()
+                    loss += part.detach()
 
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -620,7 +646,7 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                 pending.append(loss)
 
                 last = at["step"] == steps - 1
-                stop = look() if len(pending) == every or last or (WORLD == 1 and signals.number) else False
+                stop = look() if len(pending) == every or last or (WORLD == 1 and CAUGHT) else 0
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -628,11 +654,11 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                 at["images"] += config["batch_size"]
                 if stop:
                     at["seconds"] += time.perf_counter() - began
-                    raise Stopped(signals.number or signal.SIGTERM)
+                    raise Stopped(stop)
 
             at["seconds"] += time.perf_counter() - began
             at["damaged"] = gather_damaged(at["damaged"], loader.dataset)
-            validation, _ = evaluate(model, loaders["val"], config, device, autocast, signals)
+            validation, _ = evaluate(run, "val")
             train_loss = sum(at["losses"]) / steps
             at.update(epoch=at["epoch"] + 1, step=0, losses=[])
             at["log"].append({"epoch": at["epoch"], "train_loss": train_loss, "validation": validation,
@@ -642,15 +668,14 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
                 f"{validation[metric]:.4f}  loss {validation['loss']:.4f}  "
                 + (f"experts used {min(experts):.1f}-{max(experts):.1f} of {config['experts']}  " if experts else "")
                 + f"{at['images'] / at['seconds']:.1f} images/s")
-            improved = validation[metric] > at["best"]
-            if improved:
+            if validation[metric] > at["best"]:
                 at.update(best=validation[metric], best_epoch=at["epoch"], validation=validation)
                 save("best.pt")
             if RANK == 0:
                 write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
             save("last.pt")
 
-        finish(config, at, out, model, loaders, device, autocast, signals)
+        finish(run, at)
     except Stopped:
         if at["epoch"] < epochs:  # later, last.pt is complete and the model holds the best weights
             save("last.pt")
@@ -658,30 +683,42 @@ def train(config, state, out, model, loaders, device, dtype, autocast, signals) 
         raise
 
 
-def finish(config, at, out, model, loaders, device, autocast, signals) -> None:
+def finish(run: Run, at: dict) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png."""
-    [best] = gather([load_checkpoint(out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
-    model.load_trained_state(best["trained"])
-    test, rows = evaluate(model, loaders["test"], config, device, autocast, signals)
-    total, trained = count(model)
+    [best] = gather([load_checkpoint(run.out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
+    run.model.load_trained_state(best["trained"])
+    test, rows = evaluate(run, "test")
+    total, trained = count(run.model)
     results = dict(
-        dataset=config["dataset"], seed=config["seed"], epochs=config["epochs"], best_epoch=best["at"]["best_epoch"],
-        test=test, validation=best["at"]["validation"], trainable_parameters=trained, total_parameters=total,
-        seconds=round(at["seconds"], 1), images_per_second=round(at["images"] / at["seconds"], 1),
-        damaged_images=len({*at["damaged"], *rows["damaged"]}), device=str(device), precision=config["precision"])
-    if device.type == "cuda":
-        results["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+        dataset=run.config["dataset"], seed=run.config["seed"], epochs=run.config["epochs"],
+        best_epoch=best["at"]["best_epoch"], test=test, validation=best["at"]["validation"],
+        trainable_parameters=trained, total_parameters=total, seconds=round(at["seconds"], 1),
+        images_per_second=round(at["images"] / at["seconds"], 1), peak_memory_gib=peak_memory(run.device),
+        damaged_images=len({*at["damaged"], *rows["damaged"]}), device=str(run.device),
+        precision=run.config["precision"])
     if RANK > 0:
         return
-    write(out / "results.json", json.dumps(results, indent=1))
-    pairs = loaders["test"].dataset
-    write_predictions(out / "predictions.csv", pairs, rows)
+    write(run.out / "results.json", json.dumps(results, indent=1))
+    pairs = run.loaders["test"].dataset
+    write_predictions(run.out / "predictions.csv", pairs, rows)
     if rows["routing"].numel():
-        data.draw_routing(out / "routing.png", pairs, rows["routing"])
+        data.draw_routing(run.out / "routing.png", pairs, rows["routing"])
     print_mistakes(test["by_class"], pairs.classes, rows)
-    scores = "  ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1_micro", "f1_macro") if name in test)
+    scores = "  ".join(f"{name} {test[name]:.4f}" for name in SCORES if name in test)
     say(f"test, with the weights of epoch {results['best_epoch']}: {scores} on {test['samples']:,} samples; "
-        f"results.json, predictions.csv and routing.png are in {out}")
+        f"results.json, predictions.csv and routing.png are in {run.out}")
+
+
+SCORES = ("accuracy", "f1_micro", "f1_macro")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: on a GPU what tensors held at most; else what this process held at most, of everything."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -715,22 +752,136 @@ def print_mistakes(by_class: dict[str, float], classes: list[str], rows: dict, c
 
 
 @torch.no_grad()
-def predict(model: MoPE, tokenizer, image: str, text: str, config: dict, classes, multilabel, device, autocast) -> None:
+def predict(run: Run, state: dict, image: str, text: str) -> None:
     """Print the five most probable classes of one pair, and the experts that its routing used."""
     try:
-        pixels = data.decode(Path(image), config["image_size"])
+        pixels = data.decode(Path(image), run.config["image_size"])
     except Exception as error:  # Pillow's are of many types
         raise InputError(f"{image}: not an image that can be read ({error})") from None
-    x, y = pixels[None].to(device), torch.tensor([tokenizer.encode(text).ids], device=device)
-    x, y = (x, y) if config["main"] == "vision" else (y, x)
-    with autocast:
-        logits, routing, _ = model.eval()(x, y)
-    probability = (logits.float().sigmoid() if multilabel else logits.float().softmax(-1))[0]
+    classes = state["classes"]
+    run.model, folder = build(run.config, len(classes), run.device, run.dtype)
+    run.model.load_trained_state(state["trained"]).eval()
+    ids = data.load_tokenizer(folder, run.config["text_length"]).encode(text).ids
+    logits, routing, _, _ = run.forward(dict(images=pixels[None], texts=torch.tensor([ids]), labels=torch.zeros(1)))
+    probability = (logits.float().sigmoid() if state["multilabel"] else logits.float().softmax(-1))[0]
     for p, c in zip(*probability.topk(min(5, len(classes)))):
         say(f"{p:.3f}  {classes[c]}")
     if routing is not None:
         weight, expert = routing[0].max(-1)
         say("busiest expert of each layer:", ", ".join(f"{e + 1} ({w:.2f})" for e, w in zip(expert.tolist(), weight)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# To compare
+
+
+def summarize(folders: list[Path]) -> str:
+    """Finished runs -> a Markdown table: a row for runs that differ in the seed only, with mean ± standard deviation.
+
+    Its first columns are the settings in which the rows differ, but for what a method sets by itself.
+    """
+    rows = defaultdict(list)
+    for folder in folders:
+        try:
+            config, results = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "results"))
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename} does not exist; expected folders of finished runs") from None
+        config = {k: v for k, v in config["config"].items() if k not in (*MOVABLE, "seed", "precision")}
+        rows[json.dumps(config)].append(results)
+
+    configs = [json.loads(key) for key in rows]
+    own = [defaults(c["dataset"], c["method"]) for c in configs]
+    keys = [k for k in configs[0] if len({str(c[k]) for c in configs}) > 1
+            and (k in ("dataset", "method") or any(c[k] != o[k] for c, o in zip(configs, own)))]
+    scores = [name for name in SCORES if any(name in r["test"] for results in rows.values() for r in results)]
+    table = [[*keys, "trainable", *(f"test {name}" for name in scores), "experts used", "busiest", "seeds"]]
+    table.append(["---"] * len(table[0]))
+
+    def spread(values: list[float]) -> str:
+        mean = statistics.mean(values) if values else None
+        return "" if not values else f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+    for config, results in zip(configs, rows.values()):
+        tests = [r["test"] for r in results]
+        share = results[0]["trainable_parameters"] / results[0]["total_parameters"]
+        routed = [[statistics.mean(t[name]) for t in tests if name in t]
+                  for name in ("effective_experts", "busiest_expert")]
+        table.append([*(str(config[k]) for k in keys), f"{share:.2%}",
+                      *(spread([t[name] for t in tests if name in t]) for name in scores), *map(spread, routed),
+                      ", ".join(str(r["seed"]) for r in results)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+
+
+def forward_flops(encoder: Encoder, tokens: int, prompts: int) -> int:
+    """Additions and multiplications in the matrix products of one sample's forward pass."""
+    d, mlp, keys = encoder.dim, encoder.blocks[0].mlp.fc1.out_features, tokens + prompts
+
+    def layer(queries: int) -> int:  # keys and values; queries, projection and MLP; scores and mixtures
+        return 2 * (keys * 2 * d * d + queries * (2 * d * d + 2 * d * mlp) + 2 * queries * keys * d)
+
+    reads_cls = getattr(encoder, "pooling", "cls") == "cls"
+    return (encoder.depth - 1) * layer(tokens) + layer(1 if reads_cls else tokens)
+
+
+def benchmark(run: Run, repeats: int = 10) -> None:
+    """Print what loader, training step and evaluation take, and their share of a large matrix product's rate."""
+    config, model = run.config, run.model
+    if model is None:  # no data set named: random weights and inputs, texts as long as a title
+        encoders = {"vision": ViT(config["image_size"]), "text": BERT(pooling=config["pooling"])}
+        model = run.model = assemble(config, encoders, 101, run.device, run.dtype)
+        n, side = config["batch_size"], config["image_size"]
+        batch = dict(images=torch.randint(256, (n, 3, side, side), dtype=torch.uint8),
+                     texts=torch.randint(1, 30_000, (n, 24)), labels=torch.randint(101, (n,)))
+    else:
+        batches = iter(run.loaders["train"])
+        batch, began = next(batches), time.perf_counter()
+        count = sum(len(b["index"]) for b in itertools.islice(batches, 2 * repeats))
+        say(f"loader alone: {count / (time.perf_counter() - began):.1f} images/s with --workers {config['workers']}")
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    a, b = torch.randn(2, 4096, 4096, device=run.device).to(run.dtype)
+
+    def step() -> None:
+        logits, _, importance, labels = run.forward(batch)
+        (task_loss(logits.float(), labels) + config["importance"] * importance).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    work = {"training step": step, "evaluation": lambda: run.forward(batch), "4096³ product": lambda: a @ b}
+    seconds = {name: [] for name in work}
+    for i in range(repeats + 2):  # the first two warm up
+        for name, do in work.items():
+            model.train(name == "training step")
+            with torch.set_grad_enabled(name == "training step"):
+                synchronize(run.device)
+                began = time.perf_counter()
+                do()
+                synchronize(run.device)
+                seconds[name] += [time.perf_counter() - began] if i > 1 else []
+
+    # Training passes through a layer once forward, once backward for what is below it, once more for its own weights.
+    vision, text = (model.main, model.prior) if config["main"] == "vision" else (model.prior, model.main)
+    tokens = {vision: vision.pos_embed.shape[1], text: batch["texts"].shape[1]}
+    flops = Counter()
+    for encoder, prompts in ((model.main, model.prompts.count), (model.prior, config["prior_prompts"])):
+        forward = forward_flops(encoder, tokens[encoder], prompts)
+        flops["evaluation"] += forward * len(batch["labels"])
+        passes = 3 if config["finetune"] else 2 if prompts else 1
+        flops["training step"] += passes * forward * len(batch["labels"])
+    flops["4096³ product"] = 2 * 4096 ** 3
+    rate = {name: flops[name] / statistics.median(times) for name, times in seconds.items()}
+    for name, times in seconds.items():
+        t = statistics.median(times)
+        say(f"{name:<14} {1000 * t:9.1f} ms  {flops[name] / 1e9:9.1f} GFLOP  {rate[name] / 1e9:9.1f} GFLOP/s"
+            + (f"  {len(batch['labels']) / t:8.1f} images/s  {rate[name] / rate['4096³ product']:.0%} of the product"
+               if name != "4096³ product" else f"  ({config['precision']})"))
+    say(f"batch {len(batch['labels'])}, {batch['texts'].shape[1]} tokens of text, {run.device}, peak memory "
+        f"{peak_memory(run.device)} GiB")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 # ---------------------------------------------------------------------------------------------------------
