@@ -61,6 +61,10 @@ class Pairs(Dataset):
         """Sample i; where texts are drawn, anew in each training epoch, and always alike in evaluation."""
         return self.source.draw(self.samples[i], self.rng(i, epoch))
 
+    def lengths(self, epoch: int) -> np.ndarray:
+        """Of the texts, in steps of 64 characters, some 16 word pieces."""
+        return np.array([len(self.sample(i, epoch).text) // 64 for i in range(len(self))])
+
     def rng(self, i: int, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, i] if self.train else [0, i])
 
@@ -571,8 +575,9 @@ def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, row
 # Batches
 
 
-def load_tokenizer(folder: Path, length: int) -> Tokenizer:
-    """The tokenizer of a BERT folder; pads to the longest text of a batch, truncates at `length`, keeps [SEP]."""
+def load_tokenizer(folder: Path, length: int, multiple: int | None = None) -> Tokenizer:
+    """The tokenizer of a BERT folder; truncates at `length`, keeping [SEP]; pads to the longest text of a batch, or to
+    the next multiple, so that torch.compile meets few lengths."""
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -583,7 +588,8 @@ def load_tokenizer(folder: Path, length: int) -> Tokenizer:
     except Exception as error:  # the package raises plain Exception
         raise InputError(f"{folder}: expected tokenizer.json or vocab.txt of a BERT ({error})") from None
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]") or 0, pad_token="[PAD]")
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]") or 0, pad_token="[PAD]",
+                             pad_to_multiple_of=multiple)
     return tokenizer
 
 
@@ -600,29 +606,40 @@ class Batches:
 
     Set `epoch`, and `start` to skip the steps that an interrupted epoch has done, before iterating. In training
     `batch_size` samples make a step, dealt out over processes and micro-batches, and an incomplete last step is
-    dropped; in evaluation every sample comes exactly once over all processes.
+    dropped; in evaluation every sample comes exactly once over all processes. Texts of like length meet in a batch,
+    which is padded to its longest: in evaluation all are sorted, in training the samples of ten steps at a time.
     """
 
-    def __init__(self, count: int, batch_size: int, train: bool, seed: int, rank: int, world: int, accumulate: int):
-        self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
+    def __init__(self, pairs: Pairs, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1,
+                 accumulate: int = 1):
+        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.epoch = self.start = 0
-        self.steps = count // batch_size if train else -(-count // batch_size)
-        if train and batch_size % (world * accumulate):
+        count, parts = len(pairs), world * accumulate
+        self.steps = count // batch_size if pairs.train else -(-count // batch_size)
+        if pairs.train and batch_size % parts:
             raise InputError(f"--batch-size {batch_size} cannot be dealt out evenly over {world} processes with "
-                             f"--accumulate {accumulate}; give a multiple of {world * accumulate}")
-        if train and not self.steps:
+                             f"--accumulate {accumulate}; give a multiple of {parts}")
+        if not self.steps:
             raise InputError(f"{count} training samples do not fill a batch; give --batch-size {count} or lower")
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.count)
-        if self.train:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        lengths, size = self.pairs.lengths(self.epoch), self.batch_size
+        if self.pairs.train:
+            rng = np.random.default_rng([self.seed, self.epoch])
+            order = rng.permutation(len(lengths))[:self.steps * size]
+            for start in range(0, len(order), 10 * size):
+                part = order[start:start + 10 * size]
+                part[:] = part[lengths[part].argsort(kind="stable")]
+            order = rng.permutation(order.reshape(self.steps, size)).flatten()
+        else:
+            order = lengths.argsort(kind="stable")
+
         for step in range(self.start, self.steps):
-            own = order[step * self.batch_size:(step + 1) * self.batch_size][self.rank::self.world]
+            own = order[step * size:(step + 1) * size][self.rank::self.world]
             for part in np.split(own, self.accumulate):
                 if len(part):
                     yield [(self.epoch, int(i)) for i in part]
@@ -633,14 +650,12 @@ def start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batch_size: int, seed: int = 0, workers: int = 0,
-           train: bool = False, rank: int = 0, world: int = 1, accumulate: int = 1,
+def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batches: Batches, workers: int = 0,
            device: str = "cpu") -> DataLoader:
-    """A DataLoader of batches as `collate` makes them; its `batch_sampler` is a `Batches`."""
+    """A DataLoader of batches as `collate` makes them."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete with the workers
     pairs.image_size = image_size
-    batches = Batches(len(pairs), batch_size, train, seed, rank, world, accumulate)
     return DataLoader(
         pairs, batch_sampler=batches, collate_fn=partial(collate, tokenizer), pin_memory=device == "cuda",
-        num_workers=workers, persistent_workers=train and workers > 0, worker_init_fn=start_worker,
+        num_workers=workers, persistent_workers=pairs.train and workers > 0, worker_init_fn=start_worker,
         generator=torch.Generator())  # its own: the global one belongs to the router's noise

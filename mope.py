@@ -452,7 +452,7 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
         raise InputError(f"{path}: no tensor for {error}; this is not a ViT of torchvision or DINOv2") from None
     heads = {64: 4, 384: 6, 768: 12, 1024: 16}  # 64: the one that train.py makes for its toy
     if dim not in heads:
-        raise InputError(f"{path}: a ViT of width {dim}; expected one of {list(heads)}")
+        raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(heads)}")
 
     vit = ViT(image_size, patch_size, dim, count_blocks(weights), heads[dim], mlp_dim)
     weights["pos_embed"] = resize_positions(positions, image_size // patch_size)

@@ -200,10 +200,10 @@ def same_runs(a: Path, b: Path) -> None:
 
 def test_vit_equals_torchvision_tiny():
     with folder() as root:
-        reference = torchvision.models.VisionTransformer(32, 8, 3, 4, 48, 96, num_classes=7)
+        reference = torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 96, num_classes=7)
         torch.nn.init.normal_(reference.class_token)
         torch.save(reference.state_dict(), root / "vit.pth")
-        vit = load_vit(str(root / "vit.pth"), 32, heads=4)
+        vit = load_vit(str(root / "vit.pth"), 32)
         reference.heads = torch.nn.Identity()
         images = pixels()
         normalised = (images / 255 - torch.tensor(ViT.mean).view(3, 1, 1)) / torch.tensor(ViT.std).view(3, 1, 1)
@@ -249,15 +249,15 @@ def test_real_bert_equals_golden():
 def test_layer_scale_is_folded():
     """A DINOv2-style file, against the block written out with LayerScale."""
     torch.manual_seed(0)
-    vit = ViT(image_size=28, patch_size=14, dim=32, depth=2, heads=4, mlp_dim=64).eval()
+    vit = ViT(image_size=28, patch_size=14, dim=64, depth=2, heads=4, mlp_dim=64).eval()
     names = {"patch_embed.": "patch_embed.proj."}
     weights = {next((k.replace(a, b) for a, b in names.items() if k.startswith(a)), k): v.clone()
                for k, v in vit.state_dict().items()}
-    weights["mask_token"] = torch.zeros(1, 32)
-    gammas = {f"blocks.{i}.ls{j}.gamma": torch.rand(32) for i in range(2) for j in (1, 2)}
+    weights["mask_token"] = torch.zeros(1, 64)
+    gammas = {f"blocks.{i}.ls{j}.gamma": torch.rand(64) for i in range(2) for j in (1, 2)}
     with folder() as root:
         torch.save(weights | gammas, root / "dino.pth")
-        loaded = load_vit(str(root / "dino.pth"), 28, heads=4)
+        loaded = load_vit(str(root / "dino.pth"), 28)
     images = pixels(2, 28)
     with torch.no_grad():
         x = (images - vit.shift) / vit.scale
@@ -766,11 +766,12 @@ def test_batches_depend_on_neither_workers_nor_resume():
     with folder() as root:
         make_food(root)
         make_bert(root / "bert")
-        pairs = data.load("food101", root)["train"]
+        splits = data.load("food101", root)
+        pairs = splits["train"]
         tokenizer = data.load_tokenizer(root / "bert", 12)
 
         def batches(workers: int, epoch: int, start: int = 0, **kwargs) -> list:
-            loader = data.loader(pairs, tokenizer, 32, 12, seed=1, workers=workers, train=True, **kwargs)
+            loader = data.loader(pairs, tokenizer, 32, data.Batches(pairs, 12, seed=1, **kwargs), workers)
             loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start
             return list(loader)
 
@@ -785,11 +786,21 @@ def test_batches_depend_on_neither_workers_nor_resume():
         assert [len(d) for d in dealt] == [9, 9] and all(len(b["index"]) == 2 for d in dealt for b in d)
         first = sorted(i for d in dealt for b in d[:3] for i in b["index"].tolist())
         assert first == sorted(one[0]["index"].tolist()), "a step has the same samples however it is dealt out"
-        seen = [i for r in (0, 1) for b in data.loader(pairs, tokenizer, 32, 8, rank=r, world=2)
-                for i in b["index"].tolist()]
-        assert sorted(seen) == list(range(len(pairs))), "evaluation sees every sample once"
+        seen = [i for r in (0, 1) for batch in data.Batches(splits["test"], 8, rank=r, world=2) for _, i in batch]
+        assert sorted(seen) == list(range(12)), "evaluation sees every sample once"
         refused(lambda: batches(0, 0, world=5), "--batch-size 12", "5")
-        refused(lambda: data.loader(pairs, tokenizer, 32, 64, train=True), "--batch-size 36")
+        refused(lambda: data.Batches(pairs, 64), "--batch-size 36")
+
+
+def test_texts_of_like_length_share_a_batch():
+    source = data.JsonLines(Path("."))
+    samples = [data.Sample(str(i), np.zeros((8, 8, 3), np.uint8), "x" * (64 * (i % 10)), "a") for i in range(200)]
+    for split in ("train", "test"):
+        pairs = data.Pairs(source, split, samples, ["a"], 0)
+        batches = [[i for _, i in batch] for batch in data.Batches(pairs, 10)]
+        assert sorted(sum(batches, [])) == list(range(200))
+        spread = [len({i % 10 for i in batch}) for batch in batches]
+        assert sum(spread) / len(spread) <= (3 if split == "train" else 1), "random batches hold about 6.5 lengths"
 
 
 def test_train_size_is_seeded_and_stratified():

@@ -536,12 +536,12 @@ def main(argv: list[str] | None = None) -> None:
         if WORLD > 1:
             dist.barrier()
     say(model.report())
-    tokenizer = data.load_tokenizer(folder, config["text_length"])
-    loaders = {name: data.loader(
-        split, tokenizer, config["image_size"], config["batch_size"], config["seed"], config["workers"],
-        train=name == "train", rank=RANK, world=WORLD, accumulate=config["accumulate"] if name == "train" else 1,
-        device=device.type) for name, split in splits.items()}
-    run = Run(config, out, device, dtype, model, loaders)
+    tokenizer = data.load_tokenizer(folder, config["text_length"], 16 if config["compile"] else None)
+    run = Run(config, out, device, dtype, model, {})
+    for name, split in splits.items():
+        batches = data.Batches(split, config["batch_size"], config["seed"], RANK, WORLD,
+                               config["accumulate"] if name == "train" else 1)
+        run.loaders[name] = data.loader(split, tokenizer, config["image_size"], batches, config["workers"], device.type)
 
     if args.benchmark:
         benchmark(run)
