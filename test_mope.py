@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -166,9 +167,9 @@ def arguments(root: Path, *more: str) -> list[str]:
             "--epochs", "3", "--workers", "0", "--device", "cpu", "--precision", "float32", *more]
 
 
-def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+def run(argv: list[str], timeout: int = 170) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(HERE / "train.py"), *argv], capture_output=True, text=True,
-                          timeout=170, **kwargs)
+                          timeout=timeout)
 
 
 def same(a, b) -> bool:
@@ -1126,6 +1127,24 @@ def test_out_of_memory_and_full_disk_are_one_sentence():
             assert str(bug) == "a bug of ours"
 
 
+def test_readme_recipe_prompts_a_foreign_encoder():
+    text = (HERE / "README.md").read_text()
+    [recipe] = re.findall(r"```python\n(class Prompted.*?)```", text, re.S)
+    assert len(recipe.splitlines()) <= 15
+    space = {"torch": torch}
+    exec(recipe, space)
+    torch.manual_seed(0)
+    model = MoPE(space["Prompted"](), BERT(50, 16, 2, 2, 32, 16), 5)
+    frozen = {name: p.clone() for name, p in model.main.named_parameters()}
+    x, optimizer = torch.randn(4, 7, 64), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model(x, words()).logits
+    F.cross_entropy(before, torch.arange(4)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.prompts.parameters())
+    optimizer.step()
+    assert not torch.equal(model(x, words()).logits, before)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.main.named_parameters())
+
+
 def test_readme_commands_parse():
     text = (HERE / "README.md").read_text()
     commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
@@ -1135,6 +1154,124 @@ def test_readme_commands_parse():
         words_ = shlex.split(command.split("&&")[-1].split("#")[0].split("; do")[-1].split(";")[0])
         train.parse([w.replace("$", "1") if w.startswith("$") else w for w in words_[words_.index("train.py") + 1:]]
                     if "train.py" in words_ else [])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Speed and memory, on an idle machine: MOPE_BENCHMARK=1 python test_mope.py benchmark
+
+
+def medians(calls: dict, repeats: int = 7) -> dict[str, float]:
+    """Seconds that each call takes, measured in turn, the first time not counted."""
+    if not os.environ.get("MOPE_BENCHMARK"):
+        raise unittest.SkipTest("takes minutes and an idle machine: set MOPE_BENCHMARK=1")
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+class InsertAndDrop(torch.nn.Module):
+    """The method as the papers say it, on PyTorch's own layers: prompts are inserted and their outputs dropped."""
+
+    def __init__(self, dim: int = 768, depth: int = 12):
+        super().__init__()
+
+        def layers(norm_first: bool, eps: float) -> torch.nn.ModuleList:
+            layer = torch.nn.TransformerEncoderLayer(dim, 12, 4 * dim, 0.0, "gelu", eps, True, norm_first)
+            return torch.nn.TransformerEncoder(layer, depth, enable_nested_tensor=False).layers
+
+        self.embed, self.words = torch.nn.Conv2d(3, dim, 16, 16), torch.nn.Embedding(30522, dim)
+        self.cls = torch.nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions, self.places = (torch.nn.Parameter(torch.randn(1, n, dim) * 0.02) for n in (197, 512))
+        self.vision, self.text = layers(True, 1e-6), layers(False, 1e-12)
+        self.norm, self.norm_text = torch.nn.LayerNorm(dim, 1e-6), torch.nn.LayerNorm(dim, 1e-12)
+        self.requires_grad_(False)
+        self.prompts = ConditionalPrompts(depth, dim, dim, 0.05)
+        self.head = torch.nn.Linear(2 * dim, 101)
+
+    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        psi = self.norm_text(self.words(ids) + self.places[:, :ids.shape[1]])
+        for layer in self.text:
+            psi = layer(psi, src_key_padding_mask=ids == 0)
+        psi = psi.mean(1)
+        x = self.embed(images.float() / 255).flatten(2).mT
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
+        for layer, own in zip(self.vision, self.prompts(psi.float())[0]):
+            x = layer(torch.cat([x, own], 1))[:, :197]
+        return self.head(torch.cat([self.norm(x)[:, 0], psi], -1))
+
+
+def test_benchmark_against_insert_and_drop():
+    torch.manual_seed(0)
+    images, ids, labels = pixels(8, 224), torch.randint(1, 30_000, (8, 24)), torch.arange(8)
+    for dtype, least in ((torch.float32, 1.15), (torch.bfloat16, 1.6)):
+        ours, usual = MoPE(ViT(), BERT(), 101, prior_prompts=0).hold_frozen(dtype), InsertAndDrop()
+
+        def step(model):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                out = model(images, ids)
+            logits = out.logits if isinstance(out, mope.Output) else out
+            F.cross_entropy(logits.float(), labels).backward()
+
+        @torch.no_grad()
+        def forward(model):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                model(images, ids)
+
+        t = medians({"ours": lambda: step(ours), "usual": lambda: step(usual)})
+        ours.eval(), usual.eval()
+        e = medians({"ours": lambda: forward(ours), "usual": lambda: forward(usual)})
+        print(f"{dtype}: training {8 / t['ours']:.2f} images/s, {t['usual'] / t['ours']:.2f} times insert-and-drop; "
+              f"evaluation {8 / e['ours']:.2f} images/s, {e['usual'] / e['ours']:.2f} times")
+        assert t["usual"] / t["ours"] >= least and e["usual"] / e["ours"] >= 1.2
+
+
+def test_benchmark_experts_are_free():
+    torch.manual_seed(0)
+    images, ids = pixels(32, 224), torch.randint(1, 30_000, (32, 24))
+    models = {k: MoPE(ViT(), BERT(), 101, prior_prompts=0, experts=k).hold_frozen(torch.bfloat16) for k in (1, 64)}
+
+    def step(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(images, ids)
+            (out.logits.float().logsumexp(-1).mean() + out.importance).backward()
+
+    t = medians({k: lambda k=k: step(models[k]) for k in models}, repeats=9)
+    print(f"64 experts against 1, batch 32: {t[64] / t[1]:.3f} times the time")
+    assert t[64] / t[1] <= 1.03
+
+
+def test_benchmark_memory_against_finetuning():
+    medians({})  # skips
+    argv, peak = ["--benchmark", "--device", "cpu", "--batch-size", "8", "--prior-prompts", "0", "--method"], {}
+    for method in ("mope", "finetune"):
+        done = run([*argv, method], timeout=900)
+        peak[method] = float(re.search(r"peak memory ([\d.]+) GiB", done.stdout)[1])
+    print(f"peak memory of the process at batch 8: {peak}, {peak['mope'] / peak['finetune']:.0%}")
+    assert peak["mope"] <= 0.55 * peak["finetune"]
+
+
+def test_benchmark_loader():
+    """Images a second and core, against decoding in full, two copies as floats and normalisation on the CPU."""
+    t = torchvision.transforms
+    usual = {
+        "training": t.Compose([t.RandomResizedCrop(224, (0.6, 1)), t.RandomHorizontalFlip(), t.ToTensor(),
+                               t.Normalize(ViT.mean, ViT.std)]),
+        "evaluation": t.Compose([t.Resize(256), t.CenterCrop(224), t.ToTensor(), t.Normalize(ViT.mean, ViT.std)])}
+    with folder() as root:
+        for i, side in enumerate((512, 640, 800, 1024) * 4):
+            noise = np.random.default_rng(i).integers(0, 256, (side // 8, side // 6, 3), np.uint8)
+            Image.fromarray(noise).resize((side * 4 // 3, side), Image.BICUBIC).save(root / f"{i}.jpg", quality=90)
+        files = sorted(root.glob("*.jpg"))
+        for split, transform in usual.items():
+            rng = np.random.default_rng(0) if split == "training" else None
+            s = medians({"ours": lambda: [data.decode(f, 224, rng, flip=True) for f in files],
+                         "usual": lambda: [transform(Image.open(f).convert("RGB")) for f in files]})
+            print(f"{split} images: {len(files) / s['ours']:.0f} a second and core, {s['usual'] / s['ours']:.2f} times")
+            assert s["usual"] / s["ours"] >= 1.8
 
 
 if __name__ == "__main__":
