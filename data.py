@@ -516,10 +516,12 @@ def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor, busiest: int =
     n, layers, k = routing.shape
     layer = int(routing.var(0).sum(-1).argmax())
     names = [str(e + 1) for e in range(k)]
+    share = routing[:, layer].mean(0)
+    used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
     kinds = sorted({s.id.rpartition("-")[0] for s in pairs.samples}) if pairs.source.has_kinds else []
     tile, row, cell = 112, 172, 34
     right = max(200 + cell * k, 560)
-    height = max(120 + row * min(k, busiest), 190 + cell * (layers + len(kinds)))
+    height = max(80 + row * len(used), 190 + cell * (layers + len(kinds)))
     page = Image.new("RGB", (right + 130 + (tile + 40) * shown, height), "white")
     pen = ImageDraw.Draw(page)
 
@@ -532,8 +534,6 @@ def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor, busiest: int =
 
     pen.text((right, 20), f"Layer {layer + 1}: its busiest experts, and the samples that weight them most", "black",
              FONT(18))
-    share = routing[:, layer].mean(0)
-    used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
     for y, e in zip(range(70, height, row), used):
         pen.text((right, y + tile // 2 - 20), f"expert {e + 1}\n{100 * share[e]:.0f} %", "black", FONT(16))
         for column, i in enumerate(distinct(pairs, routing[:, layer, e].argsort(descending=True).tolist(), shown)):

@@ -78,6 +78,7 @@ FLAGS = {
         "static": (6, "static prompts a layer"),
         "experts": (16, "prompt experts a layer"),
         "dynamic": (6, "prompts that an expert holds"),
+        "temperature": (0.1, "of the router's softmax"),
         "mapped": (True, "one prompt a layer mapped from the other modality"),
         "mapper": (16, "hidden width of the MLP that maps it"),
         "prior-prompts": (4, "learned prompts a layer of the prior encoder"),
@@ -170,7 +171,7 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
     dataset = args.dataset or ("food101" if args.benchmark else "shapes")
     config = {**defaults(dataset, args.method or "mope"), **given}
     least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
-                 prior_prompts=0, mapper=1, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
+                 prior_prompts=0, mapper=1, temperature=1e-6, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
     for key, bound in least.items():
         if not bound <= config[key] < math.inf:
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {bound}")
@@ -336,7 +337,7 @@ def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype) 
 
 def assemble(config: dict, encoders: dict, classes: int, device: torch.device, dtype: torch.dtype) -> MoPE:
     torch.manual_seed(config["seed"])  # prompts, router, MLP and head
-    sizes = ("prior_prompts", "head", "finetune", "static", "experts", "dynamic", "mapped")
+    sizes = ("prior_prompts", "head", "finetune", "static", "experts", "dynamic", "temperature", "mapped")
     model = MoPE(encoders.pop(config["main"]), *encoders.values(), classes, hidden=config["mapper"],
                  **{key: config[key] for key in sizes}).hold_frozen(dtype).to(device)
     if config["compile"]:
