@@ -109,10 +109,10 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
     if isinstance(source, np.ndarray):
         return torch.from_numpy(source).permute(2, 0, 1)
     with Image.open(source) as image:
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; `draft` picks the smallest that
-        # is still as large as asked, so the resize below never has to enlarge what draft made small.
-        image.draft("RGB", (round(size * 256 / 224),) * 2 if rng is None else (2 * size, 2 * size))
-        image = ImageOps.exif_transpose(image)
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; `draft` picks the smallest that is
+        # still as large as asked (the shortest crop below is 0.67 of a side), so that nothing has to be enlarged.
+        image.draft("RGB", (round(size * 256 / 224),) * 2 if rng is None else (round(1.5 * size),) * 2)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
         if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling
@@ -120,9 +120,12 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
         if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        image.load()
 
     width, height = image.size
+    mirrored = False
     if rng is None:
         w = h = min(width, height) * 224 / 256
         left, top = (width - w) / 2, (height - h) / 2
@@ -130,10 +133,10 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
         area, aspect = rng.uniform(0.6, 1) * width * height, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
         w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
         left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-        if flip and rng.random() < 0.5:
-            image, left = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), width - left - w
+        mirrored = flip and rng.random() < 0.5
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = np.asarray(image)[:, ::-1 if mirrored else 1]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------

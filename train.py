@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -713,13 +714,13 @@ def finish(run: Run, at: dict) -> None:
 SCORES = ("accuracy", "f1_micro", "f1_macro")
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: on a GPU what tensors held at most; else what this process held at most, of everything."""
+def peak_memory(device: torch.device) -> float | None:
+    """GiB: on a GPU what tensors took at most; else what this process took, where Linux tells."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30, 2)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return found and round(int(found[1]) / 2 ** 20, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------
