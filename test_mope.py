@@ -163,7 +163,7 @@ def arguments(root: Path, *more: str) -> list[str]:
         make_vit(root / "vit.pth")
         make_bert(root / "bert")
     return ["--dataset", "food101", "--data-dir", f"{root}/food", "--vision", f"{root}/vit.pth", "--text",
-            f"{root}/bert", "--image-size", "32", "--text-length", "16", "--experts", "3", "--batch-size", "6",
+            f"{root}/bert", "--image-size", "32", "--text-length", "16", "--batch-size", "6",
             "--epochs", "3", "--workers", "0", "--device", "cpu", "--precision", "float32", *more]
 
 
@@ -1088,6 +1088,70 @@ def test_text_as_main_modality():
         train.main(arguments(root, "--main", "text", "--out", f"{root}/run", "--epochs", "1"))
         state = torch.load(root / "run/last.pt", weights_only=True)
         assert state["trained"]["weights"]["prompts.static"].shape == (2, 6, 32)  # BERT's layers and width
+
+
+def test_methods_are_sizes():
+    with folder() as root:
+        def settings(*flags: str) -> dict:
+            return train.resolve(train.parse(["--out", f"{root}/run", *flags]))[0]
+
+        mope_, vanilla = settings(), settings("--method", "vanilla")
+        assert (vanilla["static"], vanilla["experts"], vanilla["mapped"]) == (4 + 4 + 1, 0, False)
+        assert {k for k in mope_ if mope_[k] != vanilla[k]} == {"method", "static", "experts", "mapped"}
+        assert settings("--dataset", "food101", "--method", "vanilla")["static"] == 13
+        assert settings("--method", "vanilla", "--static", "26")["static"] == 26, "a flag overrides its part"
+        tuned = settings("--method", "finetune", "--lr", "0.5")
+        assert tuned["finetune"] and tuned["static"] == tuned["prior_prompts"] == 0 and tuned["lr"] == 0.5
+        assert settings("--method", "finetune")["lr"] < mope_["lr"]
+        for method, main in (("image-only", "vision"), ("text-only", "text")):
+            alone = settings("--method", method)
+            assert alone["main"] == main and alone["head"] == "main" and not alone["experts"] and not alone["mapped"]
+
+
+def test_every_method_trains():
+    with folder() as root:
+        for method in ("mapped", "late-concat", "finetune", "text-only"):
+            train.main(arguments(root, "--method", method, "--out", f"{root}/{method}", "--epochs", "1"))
+            results = json.loads((root / method / "results.json").read_text())
+            everything = results["trainable_parameters"] == results["total_parameters"]
+            assert everything == (method == "finetune")
+        train.main(["--eval", "--checkpoint", f"{root}/finetune/best.pt"])
+
+
+def test_summarize_makes_a_table():
+    with folder() as root:
+        def finished(name: str, accuracy: float, **config) -> Path:
+            (root / name).mkdir()
+            config = {**train.defaults("shapes", config.get("method", "mope")), **config}
+            test = {"accuracy": accuracy, "effective_experts": [2.0, 4.0], "busiest_expert": [0.5, 0.3]}
+            (root / name / "config.json").write_text(json.dumps({"config": config}))
+            (root / name / "results.json").write_text(json.dumps(
+                dict(seed=config["seed"], test=test, trainable_parameters=1, total_parameters=8)))
+            return root / name
+
+        runs = [finished("a", 0.5, seed=0), finished("b", 0.7, seed=1), finished("c", 0.25, experts=2),
+                finished("d", 0.1, method="vanilla")]
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in train.summarize(runs).splitlines()]
+        assert table[0] == ["method", "experts", "trainable", "test accuracy", "experts used", "busiest", "seeds"]
+        assert table[2] == ["mope", "6", "12.50%", "0.600 ± 0.141", "3.000 ± 0.000", "0.400 ± 0.000", "0, 1"]
+        assert table[3][:4] == ["mope", "2", "12.50%", "0.250"] and table[4][:2] == ["vanilla", "0"]
+        refused(lambda: train.summarize([root / "none"]), "none", "finished runs")
+
+
+def test_benchmark_counts_and_times():
+    from torch.utils.flop_counter import FlopCounterMode
+    for encoder, prompts, tokens, batch in ((ViT(32, 8, 64, 3, 2, 128), 5, 17, pixels(1)),
+                                            (BERT(50, 16, 2, 2, 32), 3, 9, torch.ones(1, 9, dtype=torch.long))):
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            encoder(batch, torch.zeros(encoder.depth, 1, prompts, encoder.dim))
+        embedding = 2 * 16 * 64 * 3 * 8 * 8 if isinstance(encoder, ViT) else 0
+        assert counted.get_total_flops() - embedding == train.forward_flops(encoder, tokens, prompts)
+
+    with folder() as root, mock.patch("train.PRODUCT", 64), contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main(["--benchmark", *arguments(root)])
+    for line in (r"loader alone: [\d.]+ images/s", r"training step +[\d.]+ ms .* images/s +\d+% of the product",
+                 r"evaluation +[\d.]+ ms", r"batch 6, \d+ tokens of text, cpu"):
+        assert re.search(line, said.getvalue()), f"{line} not in {said.getvalue()}"
 
 
 def test_command_line_errors_are_one_message():

@@ -825,6 +825,9 @@ def forward_flops(encoder: Encoder, tokens: int, prompts: int) -> int:
     return (encoder.depth - 1) * layer(tokens) + layer(1 if reads_cls else tokens)
 
 
+PRODUCT = 4096  # side of the matrices whose product stands for the hardware's limit
+
+
 def benchmark(run: Run, repeats: int = 10) -> None:
     """Print what loader, training step and evaluation take, and their share of a large matrix product's rate."""
     config, model = run.config, run.model
@@ -841,7 +844,7 @@ def benchmark(run: Run, repeats: int = 10) -> None:
         say(f"loader alone: {count / (time.perf_counter() - began):.1f} images/s with --workers {config['workers']}")
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    a, b = torch.randn(2, 4096, 4096, device=run.device).to(run.dtype)
+    a, b = torch.randn(2, PRODUCT, PRODUCT, device=run.device).to(run.dtype)
 
     def step() -> None:
         logits, _, importance, labels = run.forward(batch)
@@ -849,7 +852,7 @@ def benchmark(run: Run, repeats: int = 10) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    work = {"training step": step, "evaluation": lambda: run.forward(batch), "4096³ product": lambda: a @ b}
+    work = {"training step": step, "evaluation": lambda: run.forward(batch), "large product": lambda: a @ b}
     seconds = {name: [] for name in work}
     for i in range(repeats + 2):  # the first two warm up
         for name, do in work.items():
@@ -870,13 +873,13 @@ def benchmark(run: Run, repeats: int = 10) -> None:
         flops["evaluation"] += forward * len(batch["labels"])
         passes = 3 if config["finetune"] else 2 if prompts else 1
         flops["training step"] += passes * forward * len(batch["labels"])
-    flops["4096³ product"] = 2 * 4096 ** 3
+    flops["large product"] = 2 * PRODUCT ** 3
     rate = {name: flops[name] / statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
         t = statistics.median(times)
         say(f"{name:<14} {1000 * t:9.1f} ms  {flops[name] / 1e9:9.1f} GFLOP  {rate[name] / 1e9:9.1f} GFLOP/s"
-            + (f"  {len(batch['labels']) / t:8.1f} images/s  {rate[name] / rate['4096³ product']:.0%} of the product"
-               if name != "4096³ product" else f"  ({config['precision']})"))
+            + (f"  {len(batch['labels']) / t:8.1f} images/s  {rate[name] / rate['large product']:.0%} of the product"
+               if name != "large product" else f"  ({PRODUCT} squared, {config['precision']})"))
     say(f"batch {len(batch['labels'])}, {batch['texts'].shape[1]} tokens of text, {run.device}, peak memory "
         f"{peak_memory(run.device)} GiB")
 
