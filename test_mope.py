@@ -70,6 +70,12 @@ def refused(call, *words: str) -> str:
     raise AssertionError("InputError expected")
 
 
+def need_bfloat16() -> None:
+    if not train.bfloat16_gain():
+        raise unittest.SkipTest("this processor refuses its bfloat16 instructions; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 "
+                                "may avoid them")
+
+
 def tiny(text_layers: int = 2, **kwargs) -> MoPE:
     torch.manual_seed(0)
     vit = ViT(image_size=32, patch_size=8, dim=24, depth=3, heads=2, mlp_dim=48)
@@ -465,6 +471,7 @@ def test_one_modality_alone_needs_no_other_encoder():
 
 
 def test_frozen_matrices_can_be_held_in_bfloat16():
+    need_bfloat16()
     model = tiny().eval()
     exact = model(pixels(), words()).logits
     model.hold_frozen(torch.bfloat16)
@@ -1074,7 +1081,9 @@ def test_two_processes_equal_one():
 def test_half_precisions_train():
     """The code path of a GPU, on the CPU: frozen matrices in half precision, autocast, the scaler of float16."""
     with folder() as root:
-        for precision in ("bfloat16", "float16"):
+        for precision in ("float16", "bfloat16"):
+            if precision == "bfloat16":
+                need_bfloat16()
             train.main(arguments(root, "--precision", precision, "--out", f"{root}/{precision}", "--lr", "0.01"))
             results = json.loads((root / precision / "results.json").read_text())
             assert results["precision"] == precision and results["test"]["accuracy"] >= 0.9
@@ -1083,11 +1092,37 @@ def test_half_precisions_train():
             assert bool(state["scaler"]) == (precision == "float16")
 
 
+def test_precision_is_tried_before_it_is_used():
+    cpu = torch.device("cpu")
+    for trial, expected in (("print(3.0)", torch.bfloat16), ("print(0.7)", torch.float32),
+                            ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", torch.float32)):
+        with mock.patch("train.TRIAL", trial):
+            assert train.pick_precision("auto", cpu)[0] == expected
+            if "SIGILL" in trial:
+                refused(lambda: train.pick_precision("bfloat16", cpu), "--precision float32")
+            else:
+                assert train.pick_precision("bfloat16", cpu)[0] == torch.bfloat16
+
+
 def test_text_as_main_modality():
     with folder() as root:
         train.main(arguments(root, "--main", "text", "--out", f"{root}/run", "--epochs", "1"))
         state = torch.load(root / "run/last.pt", weights_only=True)
         assert state["trained"]["weights"]["prompts.static"].shape == (2, 6, 32)  # BERT's layers and width
+
+
+def test_compiled_model_meets_few_shapes():
+    """No compilation after the first epoch, whatever the length of the texts: a backend that only counts."""
+    from torch._dynamo.testing import CompileCounter
+    counter = CompileCounter()
+    model = MoPE(ViT(32, 8, 24, 2, 2, 48), BERT(50, 16, 2, 2, 32, 64), 5)
+    model.compile(backend=counter)
+    compiled = []
+    for _ in range(2):
+        for length in (16, 32, 48, 64):
+            model(pixels(), torch.ones(4, length, dtype=torch.long)).logits.sum().backward()
+        compiled.append(counter.frame_count)
+    assert 0 < compiled[0] == compiled[1] <= 2
 
 
 def test_methods_are_sizes():
@@ -1272,6 +1307,8 @@ def test_benchmark_against_insert_and_drop():
     torch.manual_seed(0)
     images, ids, labels = pixels(8, 224), torch.randint(1, 30_000, (8, 24)), torch.arange(8)
     for dtype, least in ((torch.float32, 1.15), (torch.bfloat16, 1.6)):
+        if dtype == torch.bfloat16:
+            need_bfloat16()
         ours, usual = MoPE(ViT(), BERT(), 101, prior_prompts=0).hold_frozen(dtype), InsertAndDrop()
 
         def step(model):
