@@ -63,7 +63,8 @@ class Pairs(Dataset):
 
     def lengths(self, epoch: int) -> np.ndarray:
         """Of the texts, in steps of 64 characters, some 16 word pieces."""
-        return np.array([len(self.sample(i, epoch).text) // 64 for i in range(len(self))])
+        drawn = (self.sample(i, epoch) for i in range(len(self))) if self.source.draws else self.samples
+        return np.array([len(sample.text) // 64 for sample in drawn])
 
     def rng(self, i: int, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, i] if self.train else [0, i])
@@ -103,11 +104,12 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
     """An image -> upright RGB [3, size, size] uint8.
 
     Without rng, the short side is resized to size * 256 / 224 and the centre is cut out; with it, a crop of 60 to
-    100 % of the area and of an aspect between 3:4 and 4:3 is drawn (we: mild), mirrored half of the time if `flip`.
+    100 % of the area and of an aspect between 3:4 and 4:3 is drawn (we: mild), as far as the image is long and high
+    enough, and mirrored half of the time if `flip`.
     Raises what Pillow raises for a damaged file.
     """
-    if isinstance(source, np.ndarray):
-        return torch.from_numpy(source).permute(2, 0, 1)
+    if isinstance(source, np.ndarray):  # drawn by the program; resized only if asked to
+        return torch.from_numpy(np.array(Image.fromarray(source).resize((size, size)))).permute(2, 0, 1)
     with Image.open(source) as image:
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; `draft` picks the smallest that is
         # still as large as asked (the shortest crop below is 0.67 of a side), so that nothing has to be enlarged.
@@ -149,8 +151,8 @@ class Layout:
     tree = ""  # the expected tree and where to get it, for the error message
     flip = True  # may a training image be mirrored?
     classes: list[str] | None = None  # None: those of the training split, sorted
+    draws = False  # does `draw` make another text in each epoch?
     has_kinds = False  # do ids start with the kind of a question, "color by shape-17"?
-    generated = False  # is there no folder to look for?
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -172,7 +174,13 @@ class Layout:
 
     def load_split(self, split: str) -> list[Sample]:
         """All samples of a split; images that do not exist are noted, and left out of training."""
-        samples = list(self.read(split))
+        try:
+            samples = list(self.read(split))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.folder}: the {split} split cannot be read ({error!r}); expected:\n"
+                             f"{self.tree.strip()}") from error
         images = {s.image for s in samples if isinstance(s.image, Path)}
         missing = sorted(str(image) for image in images if not image.exists())
         if missing:
@@ -209,8 +217,8 @@ class JsonLines(Layout):
         for where, line in numbered_lines(path):
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: expected a JSON object, found {line[:60]!r} ({error})") from None
+            except ValueError:
+                row = None
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected a JSON object, found {line[:60]!r}")
             yield where, row
@@ -269,7 +277,7 @@ class MMIMDb(JsonLines):
     tree = """
     split.json, dataset/<id>.json, dataset/<id>.jpeg      (or a prepared copy: {train,dev,test}.jsonl)
     from https://archive.org/download/mmimdb/mmimdb.tar.gz (8 GB)"""
-    classes = genres = (
+    classes = (
         "Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
         "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
 
@@ -277,7 +285,7 @@ class MMIMDb(JsonLines):
         prepared = (self.folder / "train.jsonl").exists()
         dropped, without = Counter(), 0
         for sample in super().read(split) if prepared else self.films(split):
-            genres = [genre for genre in names_of(sample.label) if genre in self.genres]
+            genres = [genre for genre in names_of(sample.label) if genre in self.classes]
             dropped.update(set(names_of(sample.label)) - set(genres))
             without += not genres
             if genres:
@@ -330,6 +338,7 @@ class Grocery(Layout):
     tree = """
     dataset/classes.csv, dataset/{train,val,test}.txt, the photographs and descriptions that they name
     from git clone https://github.com/marcusklasson/GroceryStoreDataset"""
+    draws = True
     repeat = 1  # pairs a photograph
     sentences = 1  # of a description
 
@@ -427,7 +436,7 @@ class Shapes(Layout):
     """
 
     flip = False
-    has_kinds = generated = True
+    has_kinds = True
     classes = [*COLORS, *SHAPES, *PLACES]
     sizes = {"train": 20_000, "val": 1_000, "test": 2_000}
 
@@ -459,7 +468,7 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     split that a data set lacks is held out of train, stratified, by a fixed seed. Raises InputError.
     """
     source = DATASETS[dataset](Path(folder))
-    if not source.generated and not source.folder.is_dir():
+    if source.tree and not source.folder.is_dir():
         source.require(source.folder)
     splits = {}
     has_val = not isinstance(source, JsonLines) or dataset in ("snli_ve", "mmimdb") or any(
@@ -469,10 +478,10 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
 
     classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
     if not has_val:
-        held_out = set(stratified(splits["train"], HELD_OUT, seed=0))
+        held_out = set(stratified(splits["train"], max(1, round(HELD_OUT * len(splits["train"]))), seed=0))
         splits["val"] = [s for i, s in enumerate(splits["train"]) if i in held_out]
         splits["train"] = [s for i, s in enumerate(splits["train"]) if i not in held_out]
-        source.notes["val"].append(f"held out of train: {HELD_OUT:.0%} of each class, by a fixed seed")
+        source.notes["val"].append(f"held out of train: {HELD_OUT:.0%} of each label, by a fixed seed")
     if train_size is not None:
         splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
 
@@ -510,7 +519,7 @@ def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
 # A picture of the routing
 
 
-def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: int = 5) -> None:
+def draw_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: int = 5) -> Image.Image:
     """routing.png: the mean routing weight of each expert by layer, and what the busiest of one layer like best.
 
     routing [n, L, k] of all samples. The layer is the one whose routing differs most between samples. Where samples
@@ -545,7 +554,7 @@ def draw_routing(path: Path, pairs: Pairs, routing: torch.Tensor, busiest: int =
             page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile)), (x, y))
             words = textwrap.wrap(text, 24, max_lines=3, placeholder=" …")
             pen.text((x, y + tile + 2), "\n".join(words), "black", FONT(11))
-    page.save(path)
+    return page
 
 
 def distinct(pairs: Pairs, order: list[int], count: int) -> list[int]:

@@ -14,12 +14,12 @@ then steers the encoder of the other, x ("main"), by a few prompt tokens given t
 
 Only prompts, experts, router, MLP and head are trained: 0.7 % of the parameters of ViT-B/16 + BERT-base.
 
-Symbols, used in every shape below:
+Symbols, used in every shape below; those of the prior modality carry a y where both occur, as in D_y:
 
-    B  batch                     L  layers of the main encoder     P  prompts of a layer, all kinds together
-    N  tokens of a sequence      D  width of an encoder            l  prompts an expert holds
-    H  attention heads           C  classes                        k  experts of a layer
-    S  side of an image          psi, D_y  feature of the prior modality, and its width
+    B  batch                     L  layers of an encoder, i one of them     P  prompts of a layer, all kinds together
+    N  tokens, [CLS] included    D  width of an encoder                     l  prompts of one kind in a layer
+    H  attention heads           C  classes                                 k  experts of a layer, j one of them
+    S  side of an image          psi [B, D_y]  feature of y                 r_i [B, k]  routing: weights of the experts
 
 Contents: attention and block - ViT - BERT - the three prompts - importance loss - fusion - pretrained weights.
 """
@@ -32,7 +32,6 @@ import math
 import os
 import re
 import sys
-import urllib.error
 import urllib.request
 from collections import OrderedDict
 from pathlib import Path
@@ -47,6 +46,10 @@ class InputError(ValueError):
     """A file, name or setting given from outside is wrong; the message says what to do about it."""
 
 
+class NoSuchFile(InputError):
+    """A server answers that it has no such file."""
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Attention and block
 
@@ -56,10 +59,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     mask [B, 1, 1, Nk]: True = this key is visible; None = all are.
     """
-    if q.is_cuda:
+    if q.device.type != "cpu" or not k.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask)
 
-    # On a CPU the two were alike in float32, and the fused kernel's backward pass was the slower one in bfloat16.
+    # On a CPU the fused kernel is the faster one forward, and the slower one backward, in bfloat16 most of all.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -106,7 +109,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, prompts: Tensor | None = None, mask: Tensor | None = None,
                 queries: int | None = None) -> Tensor:
-        """x [B, N, D], prompts [B, P, D], mask [B, 1, 1, N + P] -> [B, N, D], or its first `queries` tokens."""
+        """x [B, N, D], prompts [B, P, D], mask [B, 1, 1, N + P] -> [B, N, D].
+
+        With `queries`, only its first so many tokens are computed: a feature read off [CLS] needs no other output
+        of the last layer.
+        """
         h = self.norm1(x) if self.pre_norm else x
         context = h
         if prompts is not None:
@@ -122,9 +129,10 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The two encoders. Inside, names are those of the DINOv2 and BERT checkpoints. An encoder takes one tensor and
-# optionally prompts [L, B, P, D], and knows nothing of where they come from. Another encoder can take the
-# place of either: `MoPE` needs dim, depth, prompt_scale, source (or None) and this call.
+# The two encoders. Inside, names are those of DINOv2's checkpoints, and of BERT's for what only a BERT has. An encoder
+# takes one tensor and optionally prompts [L, B, P, D], knows nothing of where they come from, and returns a feature
+# [B, D]. Another encoder can take the place of either: `MoPE` needs dim, depth, prompt_scale, source (or None) and
+# this call.
 
 
 class Encoder(nn.Module):
@@ -139,15 +147,14 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps, pre_norm) for _ in range(depth))
 
     def run(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, queries: int | None) -> Tensor:
-        """x [B, N, D] through all blocks; mask [B, N], True = a real token, or None."""
+        """x [B, N, D] through all blocks -> [B, N or `queries`, D]; mask [B, N], True = a real token, or None."""
         if mask is not None:
             if prompts is not None:
                 mask = F.pad(mask, (0, prompts.shape[2]), value=True)  # every token sees every prompt
             mask = mask[:, None, None]  # [B, 1, 1, N + P]
 
-        for block, own in zip(self.blocks, [None] * self.depth if prompts is None else prompts.unbind()):
-            # A feature read off [CLS] needs no other output of the last layer, so the others are not computed.
-            x = block(x, own, mask, queries if block is self.blocks[-1] else None)
+        for block, p in zip(self.blocks, [None] * self.depth if prompts is None else prompts.unbind()):  # p [B, P, D]
+            x = block(x, p, mask, queries if block is self.blocks[-1] else None)
         return x
 
 
@@ -162,7 +169,7 @@ class ViT(Encoder):
         super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=True)
         if image_size % patch_size:
             raise InputError(f"image size {image_size} is not a multiple of the patch size {patch_size}; "
-                             f"try {round(image_size / patch_size) * patch_size}")
+                             f"try {max(1, round(image_size / patch_size)) * patch_size}")
         self.image_size, self.patch_size = image_size, patch_size
         self.prompt_scale = math.sqrt(6 / (3 * patch_size ** 2 + dim))  # the uniform bound of VPT
 
@@ -174,11 +181,12 @@ class ViT(Encoder):
         self.register_buffer("scale", 255 * torch.tensor(self.std).view(3, 1, 1), persistent=False)
 
     def tokens(self, images: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """images [B, 3, S, S], uint8, not normalised -> tokens [B, 1 + N, D] after the final norm, [CLS] first."""
-        if images.is_floating_point():
-            raise InputError("images are floating-point; expected uint8 pixels of 0 to 255, not normalised")
+        """images [B, 3, S, S], uint8, not normalised -> tokens [B, N, D] after the final norm, [CLS] first."""
+        if images.is_floating_point() or images.shape[-2:] != (self.image_size, self.image_size):
+            raise InputError(f"images are {images.dtype} {list(images.shape)}; expected uint8 pixels of 0 to 255, not "
+                             f"normalised, [B, 3, {self.image_size}, {self.image_size}]")
         images = (images - self.shift) / self.scale
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N, D]
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N - 1, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.run(x, prompts, None, queries))
 
@@ -209,6 +217,8 @@ class BERT(Encoder):
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
         """ids [B, N], padded with pad_id -> last hidden states [B, N, D]."""
+        if ids.shape[1] > self.max_length:
+            raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
         x = self.norm(x + self.token_type_embeddings.weight[0])  # a single text: every token is of type 0
         return self.run(x, prompts, ids != self.pad_id, queries)
@@ -216,7 +226,7 @@ class BERT(Encoder):
     def forward(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
         """ids [B, N] -> feature [B, D]: the mean over real tokens, or with pooling "cls" the first token.
 
-        The authors' code reads [CLS]. We take the mean: in an encoder trained on masked words only, nothing
+        The authors' code reads [CLS]. We take the mean: in an encoder trained on masked words, little or nothing
         ever asked [CLS] to summarise the sentence.
         """
         if self.pooling == "cls":
@@ -248,7 +258,7 @@ class ConditionalPrompts(nn.Module):
         super().__init__()
         self.layers, self.dim, self.temperature = layers, dim, temperature
         self.k = experts if dynamic else 0
-        self.count = static + dynamic * bool(experts) + mapped  # P, tokens a layer
+        self.per_layer = static + dynamic * bool(experts) + mapped  # P
         self.static = uniform(bound, layers, static, dim) if static else None
         self.experts = uniform(bound, layers, self.k, dynamic, dim) if self.k else None
 
@@ -258,12 +268,16 @@ class ConditionalPrompts(nn.Module):
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=0.02)
 
-        # The paper gives no width of the mapper. 16 keeps ViT-B/16 + BERT-base at 0.74 % trainable.
+        # The paper gives no width of the mapper. With ViT-B/16 + BERT-base and 101 classes, 16
+        # makes 0.74 % trainable in all.
         self.mapper = nn.Sequential(
             nn.Linear(prior_dim, hidden), nn.GELU(), nn.Linear(hidden, layers * dim)) if mapped else None
 
     def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """r_i = softmax(W_r,i psi / tau + noise): routing to mix with, and free of noise, both [B, L, k]."""
+        """r_i = softmax(W_r,i psi / tau + noise) of a normalised psi: to mix with, and free of noise, both [B, L, k].
+
+        tau is the temperature.
+        """
         if self.router is None:
             return (psi.new_ones(len(psi), self.layers, 1),) * 2
         logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
@@ -282,7 +296,7 @@ class ConditionalPrompts(nn.Module):
             # P_d,i = sum_j r_i,j E_i,j: a dense mixture, every expert weighted
             prompts.append(torch.einsum("BLk,LklD->LBlD", mix, self.experts))
         if self.mapper is not None:
-            prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))
+            prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))  # [L, B, 1, D]
         return (torch.cat(prompts, dim=2) if prompts else None), routing
 
 
@@ -322,9 +336,9 @@ class MoPE(nn.Module):
 
     Swap the encoders, and the inputs, for vision -> text. `prior_prompts` are ordinary learned prompts for the
     prior encoder, as in the authors' code; with 0 of them nothing in it needs a gradient. The head sees both features
-    (`head="both"`; we: the authors' code uses the main one only) or "main" alone, which without dynamic and mapped
-    prompts is a model of one modality. `finetune=True` trains the encoders too, for comparison. The rest goes to
-    `ConditionalPrompts`.
+    (`head="both"`; we: the authors' code uses the main one only) or "main" alone, which without router and mapper
+    is a model of one modality. `finetune=True` trains the encoders too, for comparison. The rest goes to
+    `ConditionalPrompts`. Weights stay in float32: for speed, `hold_frozen` and autocast.
     """
 
     def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, prior_prompts: int = 4,
@@ -338,7 +352,7 @@ class MoPE(nn.Module):
             prior.prompt_scale, prior.depth, prior_prompts, prior.dim) if prior_prompts else None
         self.head_sees_psi = head == "both"
         self.head = nn.Linear(main.dim + prior.dim * self.head_sees_psi, num_classes)
-        self.one_modality = not self.head_sees_psi and not self.prompts.router and not self.prompts.mapper
+        self.one_modality = not self.head_sees_psi and self.prompts.router is None and self.prompts.mapper is None
         if self.one_modality and prior_prompts:
             raise InputError("nothing of the prior modality reaches the head; set prior_prompts to 0")
 
@@ -367,29 +381,39 @@ class MoPE(nn.Module):
         if self.one_modality:
             psi = self.head.weight.new_zeros(len(x), self.prior.dim)
         else:
-            own = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-            psi = self.prior(y, None if own is None else own.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
+            p = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+            psi = self.prior(y, None if p is None else p.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
         with torch.autocast(psi.device.type, enabled=False):  # router and prompts in float32
             prompts, routing = self.prompts(psi.float())
-        feature = self.main(x, prompts)
-        logits = self.head((torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature).float())
+        feature = self.main(x, prompts)  # [B, D]
+        logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature)
 
         no_router = self.prompts.router is None
-        importance = logits.new_zeros(()) if no_router else importance_loss(routing)
-        return Output(logits, routing, importance)
+        importance = logits.new_zeros((), dtype=torch.float32) if no_router else importance_loss(routing)
+        return Output(logits.float(), routing, importance)
 
     def trained_state(self) -> dict:
-        """What was trained, as plain data for `torch.save`, and which backbone files it belongs to."""
+        """What was trained, as plain data for `torch.save`, and which backbone files and settings it belongs to."""
         weights = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
-        return {"weights": weights, "backbones": {"main": self.main.source, "prior": self.prior.source}}
+        return {"weights": weights, "belongs_to": self.belongs_to()}
+
+    def belongs_to(self) -> dict:
+        """What weights of the right names and shapes could still be wrong for; None = not known, which fits all."""
+        facts = {"temperature": self.prompts.temperature}
+        for part, encoder in (("main", self.main), ("prior", self.prior)):
+            facts |= {f"{part} {fact}": value for fact, value in (encoder.source or {}).items()}
+            facts |= {f"{part} {fact}": getattr(encoder, fact, None) for fact in ("pooling", "image_size")}
+        return facts
 
     def load_trained_state(self, state: dict) -> MoPE:
-        """The reverse. Raises InputError for other backbones, and for weights missing, unexpected or misshapen."""
-        for part, encoder in (("main", self.main), ("prior", self.prior)):
-            want, have = state["backbones"][part], encoder.source
-            if want and have and want["sha256"] != have["sha256"]:
-                raise InputError(f"trained with {want['name']} (sha256 {want['sha256'][:8]}…) as {part} encoder, but "
-                                 f"{have['name']} (sha256 {have['sha256'][:8]}…) is loaded; load the former")
+        """The reverse; the mode stays: call `eval()` to predict. Raises InputError for other backbones or settings,
+        and for weights missing, unexpected or misshapen."""
+        if not {"weights", "belongs_to"} <= state.keys():
+            raise InputError(f"a trained state holds weights and belongs_to, but this has {sorted(state)[:5]}")
+        have = self.belongs_to()
+        for fact, want in state["belongs_to"].items():
+            if None not in (want, have.get(fact)) and want != have[fact] and not fact.endswith("name"):
+                raise InputError(f"{fact} is {have[fact]}, but what was trained belongs to: {state['belongs_to']}")
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         check_total(own, state["weights"], "the trained state")
         with torch.no_grad():
@@ -417,7 +441,8 @@ def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Pretrained weights. A path wins, then the cache (torch's hub folder), then a download that is checked.
+# Pretrained weights. A path wins, then the cache (torch's hub folder), then a download, checked by its hash where that
+# is known, else by its length.
 
 TORCHVISION, DINOV2 = "https://download.pytorch.org/models/", "https://dl.fbaipublicfiles.com/dinov2/"
 VISION = {  # name -> url, first digits of the sha256
@@ -450,7 +475,7 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
         positions = weights["pos_embed"]
     except KeyError as error:
         raise InputError(f"{path}: no tensor for {error}; this is not a ViT of torchvision or DINOv2") from None
-    heads = {64: 4, 384: 6, 768: 12, 1024: 16}  # 64: the one that train.py makes for its toy
+    heads = {64: 4, 384: 6, 768: 12, 1024: 16}  # 64: a toy
     if dim not in heads:
         raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(heads)}")
 
@@ -472,6 +497,8 @@ def load_bert(name: str, pooling: str = "mean") -> BERT:
         bert = BERT(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
                     c["intermediate_size"], c["max_position_embeddings"], c["type_vocab_size"],
                     eps=c["layer_norm_eps"], pad_id=c.get("pad_token_id", 0), pooling=pooling)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: not the configuration of a BERT ({error!r})") from None
     if kind != ("bert", "gelu", "absolute"):
@@ -559,9 +586,8 @@ def fill(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str) ->
     """Load all weights or none, note where they came from, say so in a line."""
     check_total(encoder.state_dict(), weights, path)
     encoder.load_state_dict(weights)
-    encoder.source = {"name": str(name), "sha256": sha256_of(path)}
-    count = sum(p.numel() for p in encoder.parameters())
-    print(f"loaded {len(weights)} tensors, {count:,} parameters, from {path}")
+    encoder.source = {"name": str(name), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    print(f"loaded {len(weights)} tensors, {count(encoder)[0]:,} parameters, from {path}", file=sys.stderr)
     return encoder.eval()
 
 
@@ -575,29 +601,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return weights
         wrong = "it holds something else than named tensors"
     except Exception as error:  # what torch.load and json raise for a damaged file is of many types
-        reason = (str(error) or repr(error)).splitlines()[0][:100]
-        wrong = f"it is cut short or of another format ({reason})"
         with path.open("rb") as file:
             start = file.read(200).lstrip()
-        for head, what in ((b"<", "it is a web page, not the file that the page links to"),
-                           (b"version https://git-lfs", "it is a git-LFS pointer (run `git lfs pull`)")):
-            wrong = what if start.startswith(head) else wrong if start else "it is empty"
-    raise InputError(f"{path}: not a weight file: {wrong}; delete it and download it again")
+        if not start:
+            wrong = "it is empty"
+        elif start.startswith(b"<"):
+            wrong = "it is a web page, not the file that the page links to"
+        elif start.startswith(b"version https://git-lfs"):
+            wrong = "it is a git-LFS pointer (run `git lfs pull`)"
+        else:
+            wrong = f"it is cut short or of another format ({(str(error) or repr(error)).splitlines()[0][:100]})"
+    raise InputError(f"{path}: not a file of weights: {wrong}; give the file of the release, or download it again")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data, offsets from 8 + n."""
+    """u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data, with offsets from here."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     data = bytearray(path.read_bytes())
-    n = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:n])
+    first = 8 + int.from_bytes(data[:8], "little")  # where the data begin
+    header = json.loads(data[8:first])
     header.pop("__metadata__", None)
     tensors = {}
     for name, t in header.items():
         (start, end), dtype, count = t["data_offsets"], dtypes[t["dtype"]], math.prod(t["shape"])
-        if not 0 <= start <= end <= len(data) - n or end - start != count * dtype.itemsize:
+        if not 0 <= start <= end <= len(data) - first or end - start != count * dtype.itemsize:
             raise ValueError(f"the data of {name} lie outside the file")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=n + start).view(t["shape"])
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first + start).view(t["shape"])
     return tensors
 
 
@@ -621,7 +650,7 @@ def find_bert(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    repo = BERT_BASE if name == "bert-base-uncased" else name
+    repo = BERT_BASE if name == "bert-base-uncased" else str(name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise InputError(f"text encoder {name!r}: no such folder, nor a hub id (owner/name) or bert-base-uncased")
     revision, hashes = (BERT_BASE_REVISION, BERT_BASE_HASHES) if repo == BERT_BASE else ("main", {})
@@ -632,13 +661,12 @@ def find_bert(name: str) -> Path:
         if any((folder / file).exists() for file in choice):
             continue
         for file in choice:
-            url = f"{endpoint}/{repo}/resolve/{revision}/{file}"
             try:
-                download(url, folder / file, hashes.get(file, ""))
+                download(f"{endpoint}/{repo}/resolve/{revision}/{file}", folder / file, hashes.get(file, ""))
                 break
-            except FileNotFoundError:  # the hub answers, but has no such file: try the other format
+            except NoSuchFile:  # try the other format
                 if file == choice[-1]:
-                    raise InputError(f"text encoder {name!r}: no such folder here, and {url} does not exist") from None
+                    raise
     return folder
 
 
@@ -658,22 +686,7 @@ def download(url: str, path: Path, sha256: str = "") -> Path:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors; a wrong hash, a RuntimeError
         partial.unlink(missing_ok=True)
-        if isinstance(error, urllib.error.HTTPError) and error.code == 404:
-            raise FileNotFoundError(url) from None
+        if getattr(error, "code", None) in (401, 403, 404):  # hubs answer 401 to a name that they do not know
+            raise NoSuchFile(f"{url} does not exist, or not for everybody ({error}); check the name") from None
         raise InputError(f"could not download {url} ({error}); without a network, put that file at {path}") from None
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """The file's sha256, computed once: a small file in the cache remembers it by name, size and time."""
-    stat = path.stat()
-    memory = cache_folder() / "sha256" / f"{path.name}-{stat.st_size}-{stat.st_mtime_ns}"
-    if memory.exists():
-        return memory.read_text()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(digest)
-    except OSError:
-        pass  # a read-only cache: it is computed again next time
-    return digest

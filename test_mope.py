@@ -6,6 +6,7 @@ Real weights and photographs are looked for in $MOPE_SHARED, or ../shared; the R
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import io
 import json
@@ -452,7 +453,9 @@ def test_prior_without_prompts_runs_without_autograd():
 
 
 def test_images_must_be_pixels():
-    refused(lambda: tiny()(pixels().float() / 255, words()), "floating-point", "uint8")
+    refused(lambda: tiny()(pixels().float() / 255, words()), "torch.float32", "uint8")
+    refused(lambda: tiny()(pixels(size=40), words()), "[4, 3, 40, 40]", "[B, 3, 32, 32]")
+    refused(lambda: tiny()(pixels(), words(length=17)), "17 word pieces", "at most 16")
 
 
 def test_head_can_see_one_feature():
@@ -515,7 +518,10 @@ def test_trained_state_goes_to_a_fresh_process():
         weights = torch.load(root / "other.pth")
         torch.save({k: v + 1 for k, v in weights.items()}, root / "other.pth")
         other = MoPE(load_vit(f"{root}/other.pth", 32), load_bert(f"{root}/bert"), 5, experts=4)
-        refused(lambda: other.load_trained_state(model.trained_state()), "vit.pth", "other.pth")
+        refused(lambda: other.load_trained_state(model.trained_state()), "main sha256", "vit.pth")
+        colder = MoPE(model.main, model.prior, 5, experts=4, temperature=0.2)
+        refused(lambda: colder.load_trained_state(model.trained_state()), "temperature is 0.2")
+        refused(lambda: model.load_trained_state({"model": 1}), "weights and belongs_to")
         wider = MoPE(model.main, model.prior, 6, experts=4)
         refused(lambda: wider.load_trained_state(model.trained_state()), "misshapen", "head")
 
@@ -652,7 +658,7 @@ def test_named_vision_weights_are_checked_by_hash():
     with folder() as root:
         (root / "www").mkdir()
         make_vit(root / "www/vit.pth")
-        digest = mope.sha256_of(root / "www/vit.pth")
+        digest = hashlib.sha256((root / "www/vit.pth").read_bytes()).hexdigest()
         with hub(root / "www") as url:
             with mock.patch.dict(mope.VISION, good=(f"{url}/vit.pth", digest[:8]), bad=(f"{url}/./vit2.pth", "0" * 8)):
                 shutil.copy(root / "www/vit.pth", root / "www/vit2.pth")
@@ -660,17 +666,8 @@ def test_named_vision_weights_are_checked_by_hash():
                 refused(lambda: load_vit("bad", 32), "vit2.pth", "hash")
                 assert (root / "hub/checkpoints/vit.pth").exists()
                 assert not list((root / "hub/checkpoints").glob("vit2*"))
-
-
-def test_hash_is_computed_once():
-    with folder() as root:
-        (root / "file").write_bytes(b"abc")
-        assert mope.sha256_of(root / "file").startswith("ba7816bf")
-        with mock.patch("hashlib.sha256", side_effect=AssertionError("computed again")):
-            assert mope.sha256_of(root / "file").startswith("ba7816bf")
-        time.sleep(0.01)
-        (root / "file").write_bytes(b"abd")
-        assert not mope.sha256_of(root / "file").startswith("ba7816bf")
+            with mock.patch.dict(mope.VISION, gone=(f"{url}/gone.pth", "0" * 8)):
+                refused(lambda: load_vit("gone", 32), "gone.pth does not exist")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -880,6 +877,8 @@ def test_default_run_pretrains_its_encoders_once():
             assert {file.name for file in encoders} == {"vit.pth", "config.json", "pytorch_model.bin", "vocab.txt"}
             with mock.patch("train.fit", side_effect=AssertionError("pretrained again")):
                 train.main(["--epochs", "1", "--seed", "1", "--out", f"{root}/b"])
+                refused(lambda: train.main(["--epochs", "2", "--out", f"{root}/b"]), "epochs: 1, now 2")
+                train.main(["--epochs", "1", "--image-size", "48", "--out", f"{root}/larger"])
             assert all(file.read_bytes() == content for file, content in encoders.items())
         results = json.loads((root / "b/results.json").read_text())
         assert results["dataset"] == "shapes" and results["test"]["samples"] == 64
@@ -949,6 +948,7 @@ def test_run_writes_its_files_and_learns():
         except SystemExit as done:
             assert not done.code
         refused(lambda: train.main(argv + ["--lr", "0.02"]), "lr", "--overwrite")
+        refused(lambda: train.main(argv + ["--lr", "0.01", "--data-dir", "elsewhere"]), "data_dir", "elsewhere")
         (out / "results.json").unlink()
         refused(lambda: train.main(argv + ["--lr", "0.01"]), f"--resume {out}")
         refused(lambda: train.main(["--resume", str(out), "--lr", "0.5"]), "--lr 0.5 contradicts")
@@ -1177,8 +1177,8 @@ def test_benchmark_counts_and_times():
     from torch.utils.flop_counter import FlopCounterMode
     for encoder, prompts, tokens, batch in ((ViT(32, 8, 64, 3, 2, 128), 5, 17, pixels(1)),
                                             (BERT(50, 16, 2, 2, 32), 3, 9, torch.ones(1, 9, dtype=torch.long))):
-        with FlopCounterMode(display=False) as counted, torch.no_grad():
-            encoder(batch, torch.zeros(encoder.depth, 1, prompts, encoder.dim))
+        with FlopCounterMode(display=False) as counted:
+            encoder(batch, torch.zeros(encoder.depth, 1, prompts, encoder.dim, requires_grad=True))
         embedding = 2 * 16 * 64 * 3 * 8 * 8 if isinstance(encoder, ViT) else 0
         assert counted.get_total_flops() - embedding == train.forward_flops(encoder, tokens, prompts)
 
@@ -1201,6 +1201,7 @@ def test_command_line_errors_are_one_message():
         refused(lambda: train.main(["--resume", str(root)]), "last.pt", "no such checkpoint")
         refused(lambda: train.main([*argv, "--epochs", "0"]), "--epochs 0")
         refused(lambda: train.main([*argv, "--text-length", "100"]), "--text-length 100", "40")
+        refused(lambda: train.main(["--benchmark", "--vision", "vit_l_16"]), "name a --dataset")
         (root / "bad.pt").write_bytes(b"x")
         refused(lambda: train.main(["--eval", "--checkpoint", str(root / "bad.pt")]), "bad.pt", "not a checkpoint")
         done = run(missing)

@@ -18,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -63,7 +65,7 @@ METHODS = {
     "text-only":   dict(experts=0, mapped=False, static=ALL, prior_prompts=0, head="main", main="text"),
 }
 
-# flag -> default (a type where there is none or the data set decides), help
+# flag -> default (the first of several choices; a type where there is none or the data set decides), help
 FLAGS = {
     "data": {
         "data-dir": (str, "the data set's folder; default data/<dataset>"),
@@ -71,12 +73,12 @@ FLAGS = {
         "text-length": (int, "word pieces kept of a text; lower it if memory runs out"),
     },
     "model": {
-        "method": ("mope", "what to train, as a set of the flags below: " + ", ".join(METHODS)),
+        "method": (tuple(METHODS), "what to train, as a set of the flags below"),
         "vision": ("vit_b_16", "vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, or a file of such weights"),
         "text": ("bert-base-uncased", "bert-base-uncased, another hub id owner/name of a BERT, or a folder"),
         "image-size": (224, "a multiple of the patch size; a lower one is faster"),
-        "pooling": ("mean", "the feature of a text: mean or cls"),
-        "main": ("vision", "the modality that is prompted with the other: vision or text"),
+        "pooling": (("mean", "cls"), "the feature of a text"),
+        "main": (("vision", "text"), "the modality that is prompted with the other"),
         "static": (6, "static prompts a layer"),
         "experts": (16, "prompt experts a layer"),
         "dynamic": (6, "prompts that an expert holds"),
@@ -84,7 +86,7 @@ FLAGS = {
         "mapped": (True, "one prompt a layer mapped from the other modality"),
         "mapper": (16, "hidden width of the MLP that maps it"),
         "prior-prompts": (4, "learned prompts a layer of the prior encoder"),
-        "head": ("both", "the features that the classifier sees: both, or main alone"),
+        "head": (("both", "main"), "the features that the classifier sees, of both modalities or of the main one"),
         "finetune": (False, "train the encoders too"),
         "importance": (0.01, "weight of the importance loss"),
     },
@@ -97,17 +99,17 @@ FLAGS = {
         "seed": (0, "of everything random in training"),
     },
     "machine": {
-        "device": ("auto", "cuda, mps or cpu; auto is the first of them that is there"),
-        "precision": ("auto", "float32, bfloat16 or float16; auto is bfloat16 where the hardware is good at it"),
+        "device": (("auto", "cuda", "mps", "cpu"), "auto is the first of the others that is there"),
+        "precision": (("auto", "float32", "bfloat16", "float16"), "auto is bfloat16 where the hardware is good at it"),
         "compile": (False, "torch.compile: faster steps after a minute or two"),
         "workers": (2, "processes that read images; 0 reads in the main one"),
     },
 }
-CHOICES = {"pooling": ["mean", "cls"], "main": ["vision", "text"], "head": ["both", "main"], "method": list(METHODS),
-           "device": ["auto", "cuda", "mps", "cpu"], "precision": ["auto", "float32", "bfloat16", "float16"]}
 
-# A resumed or evaluated run may move to another place or machine; all else must stay as it was.
-MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile")
+# A resumed or evaluated run may go on in another place, machine or manner; all else must stay as it was.
+MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile", "precision")
+# Runs that differ in these alone are the same run.
+INCIDENTAL = ("device", "workers", "accumulate", "compile")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -116,16 +118,23 @@ MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "com
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags as typed: what was not given is None, so that a resumed run can tell a contradiction."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog="The defaults of each data set: DEFAULTS in train.py.")
     parser.add_argument("--dataset", choices=list(DEFAULTS), help="default shapes, which needs no data")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, (default, text) in flags.items():
-            if isinstance(default, bool):
-                group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+            choices, value = (default, default[0]) if isinstance(default, tuple) else (None, default)
+            text = text.replace("%", "%%")
+            if isinstance(value, type):
+                group.add_argument(f"--{flag}", type=value, help=text)
                 continue
-            kind, shown = (default, "") if isinstance(default, type) else (type(default), f"; default {default}")
-            group.add_argument(f"--{flag}", type=kind, choices=CHOICES.get(flag), help=text.replace("%", "%%") + shown)
+            text += f"; default {value}"
+            if flag.replace("-", "_") in DEFAULTS["shapes"]:
+                text += ", of shapes its own"
+            if isinstance(value, bool):
+                group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+            else:
+                group.add_argument(f"--{flag}", type=type(value), choices=choices, help=text)
 
     group = parser.add_argument_group("runs")
     group.add_argument("--out", type=Path, help="folder of the run; default runs/<dataset>")
@@ -142,8 +151,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def defaults(dataset: str, method: str) -> dict:
     """The whole configuration of a data set and a method, before any flag."""
-    config = {flag.replace("-", "_"): None if isinstance(default, type) else default
-              for flags in FLAGS.values() for flag, (default, _) in flags.items()}
+    config = {}
+    for flag, (default, _) in (item for flags in FLAGS.values() for item in flags.items()):
+        value = default[0] if isinstance(default, tuple) else default
+        config[flag.replace("-", "_")] = None if isinstance(value, type) else value
     config.update(dataset=dataset, data_dir=f"data/{dataset}", **DEFAULTS[dataset])
     prompts = config["static"] + config["dynamic"] + config["mapped"]
     config.update(METHODS[method], method=method)
@@ -165,11 +176,13 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
         state = load_checkpoint(path)
         for key, value in given.items():
             stored = state["config"].get(key)
-            if key not in MOVABLE and value != stored and not (args.checkpoint and key == "precision"):
+            if key not in MOVABLE and value != stored:
                 raise InputError(f"--{key.replace('_', '-')} {value} contradicts {path}, which was made with {stored}; "
                                  "leave it out, or start a new run with another --out")
         return {**state["config"], **given}, state, path.parent
 
+    if args.benchmark and not args.dataset and (args.vision or args.text):
+        raise InputError("--benchmark times ViT-B/16 and BERT-base; to time other encoders, name a --dataset")
     dataset = args.dataset or ("food101" if args.benchmark else "shapes")
     config = {**defaults(dataset, args.method or "mope"), **given}
     least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
@@ -188,8 +201,9 @@ def check_out(out: Path, config: dict) -> None:
     if not (out / "config.json").exists():
         return
     old = json.loads((out / "config.json").read_text())["config"]
-    for key in config:
-        if key not in MOVABLE and config[key] not in (old.get(key), "auto"):
+    for key in config.keys() - {*INCIDENTAL}:
+        drawn = key in ("vision", "text") and config[key] is None  # the encoders that shapes makes for itself
+        if config[key] not in (old.get(key), "auto") and not drawn:
             raise InputError(f"{out} holds a run of other settings ({key}: {old.get(key)}, now {config[key]}); "
                              "give another --out, or --overwrite to replace it")
     if (out / "results.json").exists():
@@ -215,31 +229,27 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """-> the precision of matrix products, and why."""
+    why = "as asked"
     if device.type == "cpu" and name in ("auto", "bfloat16"):
-        gain = bfloat16_gain()
-        if name == "auto":
-            name = "bfloat16" if gain >= 1.5 else "float32"
-            return getattr(torch, name), f"bfloat16 products are {gain:.1f} times as fast here"
-        if not gain:
+        [gain, *_] = gather([bfloat16_gain()])  # all processes go by the first
+        if name == "bfloat16" and not gain:
             raise InputError("--precision bfloat16: this processor announces instructions for it and then refuses "
                              "them, as some virtual machines do; give --precision float32")
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    good = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return (torch.bfloat16, "it multiplies bfloat16 fast") if good else (torch.float32, "it has no fast bfloat16")
+        if name == "auto":
+            name = "bfloat16" if gain >= 1.5 else "float32"
+            why = f"bfloat16 products are {gain:.1f} times as fast here" if gain else "bfloat16 products fail here"
+    elif name == "auto":
+        good = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name, why = ("bfloat16", "it multiplies bfloat16 fast") if good else ("float32", "it has no fast bfloat16")
+    return getattr(torch, name), why
 
 
 TRIAL = """
-import time, torch
+import timeit, torch
 torch.set_num_threads(1)
-def seconds(dtype):
-    a, times = torch.ones(1024, 1024, dtype=dtype), []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    return min(times)
-print(seconds(torch.float32) / seconds(torch.bfloat16))"""
+m = torch.ones(1024, 1024)
+one, other = (min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) for a in (m, m.bfloat16()))
+print(one / other)"""
 
 
 def bfloat16_gain() -> float:
@@ -255,10 +265,15 @@ def bfloat16_gain() -> float:
 # Files of a run: all are written whole or not at all
 
 
-def write(path: Path, content: str | dict) -> None:
-    """Text, or a checkpoint: to a temporary file beside it, synced, then renamed."""
+def write(path: Path, content: str | dict | Image.Image) -> None:
+    """Text, a checkpoint or a picture: to a temporary file beside it, synced, then renamed."""
     buffer = io.BytesIO()
-    torch.save(content, buffer) if isinstance(content, dict) else buffer.write(content.encode())
+    if isinstance(content, dict):
+        torch.save(content, buffer)
+    elif isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        content.save(buffer, "PNG")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -437,13 +452,17 @@ def pretrain(parent: Path) -> tuple[Path, Path]:
     """
     key = hashlib.sha256(json.dumps(PRETRAIN).encode()).hexdigest()[:8]
     folder = parent / f"shapes-encoders-{key}"
-    if (folder / "bert" / "vocab.txt").exists():
-        return folder / "vit.pth", folder / "bert"
-    (folder / "bert").mkdir(parents=True, exist_ok=True)
-    p = argparse.Namespace(**PRETRAIN)
-    torch.manual_seed(p.seed)
-    pretrain_vision(p, folder / "vit.pth")
-    pretrain_text(p, folder / "bert")
+    if not folder.exists():
+        p = argparse.Namespace(**PRETRAIN)
+        torch.manual_seed(p.seed)
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as name:  # renamed when it is whole
+            made = Path(name, folder.name)
+            (made / "bert").mkdir(parents=True)
+            pretrain_vision(p, made / "vit.pth")
+            pretrain_text(p, made / "bert")
+            if not folder.exists():  # another run may have made them meanwhile
+                made.rename(folder)
     return folder / "vit.pth", folder / "bert"
 
 
@@ -509,7 +528,7 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
 
     fit([*bert.parameters(), *name_words.parameters()], p.text_steps, "text", step_loss)
     torch.save(bert.state_dict(), folder / "pytorch_model.bin")
-    (folder / "vocab.txt").write_text("\n".join(words))  # last: it says that all is there
+    (folder / "vocab.txt").write_text("\n".join(words))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -536,9 +555,6 @@ def main(argv: list[str] | None = None) -> None:
     dtype, why = pick_precision(config["precision"], device)
     config["precision"] = str(dtype).removeprefix("torch.")
     torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
-    CAUGHT.clear()
-    for number in SIGNALS:
-        signal.signal(number, catch)
 
     if args.predict:
         return predict(Run(config, out, device, dtype, None, {}), state, *args.predict)
@@ -636,12 +652,15 @@ def train(run: Run, state: dict | None) -> None:
         if not math.isfinite(sum(losses)):
             step = next(i for i, loss in enumerate(at["losses"], 1) if not math.isfinite(loss))
             raise InputError(f"the loss or its gradient is not finite at epoch {at['epoch'] + 1}, step {step}; "
-                             f"{out}/last.pt is from before. Try a lower --lr"
-                             + (" or --precision float32" if run.dtype != torch.float32 else ""))
+                             f"{out}/last.pt is from before. Start anew with a lower --lr"
+                             + (", or resume with --precision float32" if run.dtype != torch.float32 else ""))
         if scaler.is_enabled() and scaler.get_scale() < 1:
-            raise InputError("float16 gradients overflow in every step; give --precision float32 or bfloat16")
+            raise InputError("float16 gradients overflow in every step; resume with --precision float32 or bfloat16")
         return int(signalled)
 
+    CAUGHT.clear()
+    for number in SIGNALS:
+        signal.signal(number, catch)
     try:
         while at["epoch"] < epochs:
             began = time.perf_counter()
@@ -687,7 +706,8 @@ def train(run: Run, state: dict | None) -> None:
 
             at["seconds"] += time.perf_counter() - began
             at["damaged"] = gather_damaged(at["damaged"], loader.dataset)
-            validation, _ = evaluate(run, "val")
+            validation, rows = evaluate(run, "val")
+            at["damaged"] = sorted({*at["damaged"], *rows["damaged"]})
             train_loss = sum(at["losses"]) / steps
             at.update(epoch=at["epoch"] + 1, step=0, losses=[])
             at["log"].append({"epoch": at["epoch"], "train_loss": train_loss, "validation": validation,
@@ -727,13 +747,15 @@ def finish(run: Run, at: dict) -> None:
         precision=run.config["precision"])
     if RANK > 0:
         return
-    write(run.out / "results.json", json.dumps(results, indent=1))
     pairs = run.loaders["test"].dataset
     write_predictions(run.out / "predictions.csv", pairs, rows)
     if rows["routing"].numel():
-        data.draw_routing(run.out / "routing.png", pairs, rows["routing"])
+        write(run.out / "routing.png", data.draw_routing(pairs, rows["routing"]))
+    write(run.out / "results.json", json.dumps(results, indent=1))  # last: with it, the run is finished
     print_mistakes(test["by_class"], pairs.classes, rows)
     scores = "  ".join(f"{name} {test[name]:.4f}" for name in SCORES if name in test)
+    if results["damaged_images"]:
+        say(f"{results['damaged_images']} images could not be read: grey ones stood for them")
     say(f"test, with the weights of epoch {results['best_epoch']}: {scores} on {test['samples']:,} samples; "
         f"results.json, predictions.csv and routing.png are in {run.out}")
 
@@ -815,7 +837,7 @@ def summarize(folders: list[Path]) -> str:
             config, results = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "results"))
         except FileNotFoundError as error:
             raise InputError(f"{error.filename} does not exist; expected folders of finished runs") from None
-        config = {k: v for k, v in config["config"].items() if k not in (*MOVABLE, "seed", "precision")}
+        config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed", "precision")}
         rows[json.dumps(config)].append(results)
 
     configs = [json.loads(key) for key in rows]
@@ -842,7 +864,7 @@ def summarize(folders: list[Path]) -> str:
 
 
 def forward_flops(encoder: Encoder, tokens: int, prompts: int) -> int:
-    """Additions and multiplications in the matrix products of one sample's forward pass."""
+    """Additions and multiplications in the matrix products of the layers, for one sample's forward pass."""
     d, mlp, keys = encoder.dim, encoder.blocks[0].mlp.fc1.out_features, tokens + prompts
 
     def layer(queries: int) -> int:  # keys and values; queries, projection and MLP; scores and mixtures
@@ -895,7 +917,9 @@ def benchmark(run: Run, repeats: int = 10) -> None:
     vision, text = (model.main, model.prior) if config["main"] == "vision" else (model.prior, model.main)
     tokens = {vision: vision.pos_embed.shape[1], text: batch["texts"].shape[1]}
     flops = Counter()
-    for encoder, prompts in ((model.main, model.prompts.count), (model.prior, config["prior_prompts"])):
+    for encoder, prompts in ((model.main, model.prompts.per_layer), (model.prior, config["prior_prompts"])):
+        if encoder is model.prior and model.one_modality:
+            continue
         forward = forward_flops(encoder, tokens[encoder], prompts)
         flops["evaluation"] += forward * len(batch["labels"])
         passes = 3 if config["finetune"] else 2 if prompts else 1
@@ -921,28 +945,31 @@ def synchronize(device: torch.device) -> None:
 
 def cli() -> None:
     """main(), with everything that is not a bug of ours told in a sentence."""
+    code, message = 1, ""
     try:
-        main()
+        return main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code, message = 2, str(error)
     except Stopped as stopped:
-        sys.exit(128 + stopped.args[0])
+        code = 128 + stopped.args[0]
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        print("error: out of memory; continue with --resume and a higher --accumulate, which makes a step of smaller "
-              "parts; or start anew with a lower --batch-size, --text-length or --image-size", file=sys.stderr)
-        sys.exit(1)
+        message = ("out of memory; give a lower --batch-size, --text-length or --image-size, or a higher --accumulate, "
+                   "which makes a training step of smaller parts, and with which a run can go on: --resume")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise
-        print(f"error: {error.filename or 'a file of the run'}: {error.strerror}; the run's files are whole, as they "
-              "were before; mend that, then continue with --resume", file=sys.stderr)
-        sys.exit(1)
+        message = (f"{error.filename or 'a file of the run'}: {error.strerror}; the files of a run are whole, as they "
+                   "were before; mend that, then repeat the command, or continue the run with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
