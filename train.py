@@ -128,12 +128,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             if isinstance(value, type):
                 group.add_argument(f"--{flag}", type=value, help=text)
                 continue
-            text += f"; default {value}"
-            if flag.replace("-", "_") in DEFAULTS["shapes"]:
-                text += ", of shapes its own"
+            own = DEFAULTS["shapes"].get(flag.replace("-", "_"), value)
+            shown = f" (shapes: {'its own' if own is None else own})" if own != value else ""
             if isinstance(value, bool):
+                text += f"; default {'on' if value else 'off'}"
                 group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
             else:
+                text += f"; default {value}{shown}"
                 group.add_argument(f"--{flag}", type=type(value), choices=choices, help=text)
 
     group = parser.add_argument_group("runs")
