@@ -299,6 +299,8 @@ class MMIMDb(JsonLines):
         for name in json.loads(split_file.read_text("utf-8"))["dev" if split == "val" else split]:
             path = self.require(self.folder / "dataset" / f"{name}.json")
             film = json.loads(path.read_text("utf-8"))
+            if not film.get("plot") or "genres" not in film:
+                raise InputError(f"{path}: expected a plot and genres; found {sorted(film)}")
             plot = max(film["plot"], key=len)  # max keeps the first of several that are equally long
             yield Sample(name, path.with_suffix(".jpeg"), plot, film["genres"])
 

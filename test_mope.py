@@ -847,6 +847,24 @@ def test_jsonl_errors_name_file_and_line():
             refused(lambda: load(**{name: content}), hint)
 
 
+def test_layout_errors_name_the_file():
+    with folder() as root:
+        (root / "dataset").mkdir()
+        (root / "dataset/1.json").write_text('{"plot": [], "genres": ["Drama"]}')
+        (root / "split.json").write_text('{"train": ["1"], "test": ["1"]}')
+        refused(lambda: data.load("mmimdb", root), "1.json", "expected a plot")
+        (root / "dataset/1.json").write_text('{"plot": ["x"], "genres": ["Drama"]}')
+        Image.new("RGB", (8, 8)).save(root / "dataset/1.jpeg")
+        refused(lambda: data.load("mmimdb", root), str(root), "the val split", "'dev'", "split.json")
+        (root / "dataset/classes.csv").write_text("header\nonly,two")
+        (root / "dataset/train.txt").touch()
+        refused(lambda: data.load("grocery", root), "the train split", "classes.csv")
+        one = '{"image": "dataset/1.jpeg", "text": "x", "label": "%s"}'
+        for name in ("train", "test"):
+            (root / f"{name}.jsonl").write_text("\n".join(one % label for label in "aabb"))
+        assert [len(split) for split in data.load("jsonl", root).values()] == [3, 1, 4], "one of four is held out"
+
+
 def test_shapes_need_both_modalities():
     images, cells = data.draw_shapes(300, np.random.default_rng(0))
     assert images.shape == (300, 32, 32, 3) and images.dtype == np.uint8
