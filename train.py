@@ -202,7 +202,7 @@ def check_out(out: Path, config: dict) -> None:
     if not (out / "config.json").exists():
         return
     old = json.loads((out / "config.json").read_text())["config"]
-    for key in config.keys() - {*INCIDENTAL}:
+    for key in (k for k in config if k not in INCIDENTAL):
         drawn = key in ("vision", "text") and config[key] is None  # the encoders that shapes makes for itself
         if config[key] not in (old.get(key), "auto") and not drawn:
             raise InputError(f"{out} holds a run of other settings ({key}: {old.get(key)}, now {config[key]}); "
