@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mope import InputError
@@ -108,8 +109,8 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
     enough, and mirrored half of the time if `flip`.
     Raises what Pillow raises for a damaged file.
     """
-    if isinstance(source, np.ndarray):  # drawn by the program; resized only if asked to
-        return torch.from_numpy(np.array(Image.fromarray(source).resize((size, size)))).permute(2, 0, 1)
+    if isinstance(source, np.ndarray):
+        return resize(source, size)
     with Image.open(source) as image:
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; `draft` picks the smallest that is
         # still as large as asked (the shortest crop below is 0.67 of a side), so that nothing has to be enlarged.
@@ -136,9 +137,17 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
         w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
         left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
         mirrored = flip and rng.random() < 0.5
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-    pixels = np.asarray(image)[:, ::-1 if mirrored else 1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    left, top = round(left), round(top)
+    pixels = resize(np.array(image.crop((left, top, left + max(1, round(w)), top + max(1, round(h))))), size)
+    return pixels.flip(-1) if mirrored else pixels
+
+
+def resize(pixels: np.ndarray, size: int) -> torch.Tensor:
+    """[h, w, 3] uint8 -> [3, size, size] uint8, as Pillow's bicubic filter does it, in less than half the time."""
+    x = torch.from_numpy(pixels).permute(2, 0, 1)
+    if x.shape[1:] == (size, size):
+        return x
+    return F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
