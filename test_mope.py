@@ -1272,14 +1272,16 @@ def test_readme_recipe_prompts_a_foreign_encoder():
 
 
 def test_readme_commands_parse():
-    text = (HERE / "README.md").read_text()
-    commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
-                for line in block.replace("\\\n", " ").splitlines() if "train.py" in line]
-    assert len(commands) >= 4
-    for command in commands:
-        words_ = shlex.split(command.split("&&")[-1].split("#")[0].split("; do")[-1].split(";")[0])
-        train.parse([w.replace("$", "1") if w.startswith("$") else w for w in words_[words_.index("train.py") + 1:]]
-                    if "train.py" in words_ else [])
+    """Every `python train.py FLAGS`, and every `run NAME FLAGS` of the sweeps; a shell variable counts as 1."""
+    parsed = 0
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S):
+        for command in re.split(r";|&&|\n|\bdo\b", block.replace("\\\n", " ")):
+            words_ = shlex.split(command, comments=True)
+            start = words_.index("train.py") + 1 if "train.py" in words_ else 2 if words_[:1] == ["run"] else None
+            if start is not None:
+                train.parse(["1" if "$" in word else word for word in words_[start:] if word != "$@"])
+                parsed += 1
+    assert parsed >= 10
 
 
 # ---------------------------------------------------------------------------------------------------------
