@@ -263,7 +263,7 @@ class ConditionalPrompts(nn.Module):
         self.experts = uniform(bound, layers, self.k, dynamic, dim) if self.k else None
 
         # All routers are one matrix. We start it small: divided by a temperature of 0.1, logits of ordinary
-        # size would saturate the softmax at once, and a saturated router hardly learns.
+        # size would saturate the softmax at once. (On the toy a start of 1 did as well; elsewhere it was not tried.)
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=0.02)
@@ -281,7 +281,8 @@ class ConditionalPrompts(nn.Module):
         if self.router is None:
             return (psi.new_ones(len(psi), self.layers, 1),) * 2
         logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
-        # Noise while training only. The papers do not give its size; 1/k² stands in the authors' code.
+        # Noise while training only. The papers do not give its size; 1/k² stands in the authors' code. On the toy
+        # none did as well.
         noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
         return (logits + noise).softmax(-1), logits.softmax(-1)
 
