@@ -351,7 +351,6 @@ class Grocery(Layout):
     from git clone https://github.com/marcusklasson/GroceryStoreDataset"""
     draws = True
     repeat = 1  # pairs a photograph
-    sentences = 1  # of a description
 
     def read(self, split: str) -> Iterator[Sample]:
         root = self.folder / "dataset" if (self.folder / "dataset").is_dir() else self.folder

@@ -62,7 +62,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.device.type != "cpu" or not k.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, mask)
 
-    # On a CPU the fused kernel above is faster forward; backward it is no faster in float32, and slower in bfloat16.
+    # On a CPU the fused kernel above is the faster one forward only; with a backward pass the two are alike in float32,
+    # and the fused one is slower in bfloat16.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -263,13 +264,13 @@ class ConditionalPrompts(nn.Module):
         self.experts = uniform(bound, layers, self.k, dynamic, dim) if self.k else None
 
         # All routers are one matrix. We start it small: divided by a temperature of 0.1, logits of ordinary
-        # size would saturate the softmax at once. (On the toy a start of 1 did as well; elsewhere it was not tried.)
+        # size would saturate the softmax at once. (On the toy of the README a start of 1 did as well.)
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=0.02)
 
-        # The paper gives no width of the mapper. With ViT-B/16 + BERT-base and 101 classes, 16
-        # makes 0.74 % trainable in all.
+        # The paper gives no width of the mapper. 16 makes 0.74 % trainable in all, with ViT-B/16 + BERT-base
+        # and 101 classes.
         self.mapper = nn.Sequential(
             nn.Linear(prior_dim, hidden), nn.GELU(), nn.Linear(hidden, layers * dim)) if mapped else None
 
@@ -281,8 +282,8 @@ class ConditionalPrompts(nn.Module):
         if self.router is None:
             return (psi.new_ones(len(psi), self.layers, 1),) * 2
         logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
-        # Noise while training only. The papers do not give its size; 1/k² stands in the authors' code. On the toy
-        # none did as well.
+        # Noise while training only. The papers do not give its size; 1/k² stands in the authors' code. (On the
+        # toy of the README none did as well.)
         noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
         return (logits + noise).softmax(-1), logits.softmax(-1)
 
@@ -616,7 +617,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data, with offsets from here."""
+    """u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data, where offsets start at 0."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     data = bytearray(path.read_bytes())
     first = 8 + int.from_bytes(data[:8], "little")  # where the data begin

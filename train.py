@@ -613,8 +613,8 @@ def train(run: Run, state: dict | None) -> None:
 
     # All that training changes beside weights, optimizer and scaler. Random numbers need no state: data and
     # router noise are functions of the seed, the epoch or step, and the sample or process.
-    at = dict(epoch=0, step=0, losses=[], best=-1.0, best_epoch=0, validation={}, damaged=[], seconds=0.0,
-              images=0, log=[])
+    at = dict(epoch=0, step=0, losses=[], best=-1.0, best_epoch=0, validation={}, damaged=[], damaged_validation=[],
+              seconds=0.0, images=0, log=[])
     if state:
         model.load_trained_state(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
@@ -708,7 +708,7 @@ def train(run: Run, state: dict | None) -> None:
             at["seconds"] += time.perf_counter() - began
             at["damaged"] = gather_damaged(at["damaged"], loader.dataset)
             validation, rows = evaluate(run, "val")
-            at["damaged"] = sorted({*at["damaged"], *rows["damaged"]})
+            at["damaged_validation"] = rows["damaged"]
             train_loss = sum(at["losses"]) / steps
             at.update(epoch=at["epoch"] + 1, step=0, losses=[])
             at["log"].append({"epoch": at["epoch"], "train_loss": train_loss, "validation": validation,
@@ -744,7 +744,7 @@ def finish(run: Run, at: dict) -> None:
         best_epoch=best["at"]["best_epoch"], test=test, validation=best["at"]["validation"],
         trainable_parameters=trained, total_parameters=total, seconds=round(at["seconds"], 1),
         images_per_second=round(at["images"] / at["seconds"], 1), peak_memory_gib=peak_memory(run.device),
-        damaged_images=len({*at["damaged"], *rows["damaged"]}), device=str(run.device),
+        damaged_images=len({*at["damaged"], *at["damaged_validation"], *rows["damaged"]}), device=str(run.device),
         precision=run.config["precision"])
     if RANK > 0:
         return
