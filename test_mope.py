@@ -729,6 +729,21 @@ def test_damaged_images_are_counted_and_limited():
             assert "red_0.jpg" in pairs[0, 0][-1]
 
 
+def test_damaged_validation_images_are_not_counted_towards_training():
+    with folder() as root:
+        food = root / "food"
+        argv = arguments(root, "--epochs", "2", "--out", f"{root}/run")
+        files = {split: sorted((food / "images" / split).rglob("*.jpg")) for split in ("train", "test")}
+        for split, part in (("train", files["test"]), ("val", files["train"]), ("test", files["test"])):
+            rows = [json.dumps({"image": str(file), "text": "a thing", "label": file.parent.name}) for file in part]
+            (food / f"{split}.jsonl").write_text("\n".join(rows))
+        files["train"][0].write_bytes(b"damaged")
+        with mock.patch.object(data, "MAX_BAD", 0.03):  # one of the 40 of validation may be; of 12 to train on, none
+            train.main(argv)
+        assert json.loads((root / "run/results.json").read_text())["damaged_images"] == 1
+        refused(lambda: train.main([*argv, "--overwrite"]), "1 of 40", "of val", files["train"][0].name)
+
+
 def test_every_kind_of_image_becomes_upright_rgb():
     with folder() as root:
         rng = np.random.default_rng(0)
