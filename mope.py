@@ -1,8 +1,9 @@
 """Conditional prompt tuning for multimodal fusion, with a mixture of prompt experts (MoPE), in one file.
 
 Paper A, which this file implements: Jiang, Liu, Chen, "Conditional Prompt Tuning for Multimodal Fusion",
-arXiv 2312.03734. Paper B is its successor, arXiv 2403.10568. Where neither settles a point, a comment says
-"we": the decision is ours.
+arXiv 2312.03734. Paper B is its successor, arXiv 2403.10568. Our sources are the abstracts, public notes on the
+papers, and facts from the code published for paper B, not the full texts. Where they do not settle a point, a comment
+says "we": the decision is ours.
 
 The idea. Two pretrained Transformers stay frozen. One modality, y ("prior"), is encoded first; its feature psi
 then steers the encoder of the other, x ("main"), by a few prompt tokens given to every one of its layers:
@@ -269,7 +270,7 @@ class ConditionalPrompts(nn.Module):
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=0.02)
 
-        # The paper gives no width of the mapper. 16 makes 0.74 % trainable in all, with ViT-B/16 + BERT-base
+        # Our sources give no width of the mapper. 16 makes 0.74 % trainable in all, with ViT-B/16 + BERT-base
         # and 101 classes.
         self.mapper = nn.Sequential(
             nn.Linear(prior_dim, hidden), nn.GELU(), nn.Linear(hidden, layers * dim)) if mapped else None
@@ -282,7 +283,7 @@ class ConditionalPrompts(nn.Module):
         if self.router is None:
             return (psi.new_ones(len(psi), self.layers, 1),) * 2
         logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
-        # Noise while training only. The papers do not give its size; 1/k² stands in the authors' code. (On the
+        # Noise while training only. Of its size we know only the 1/k² of the code for paper B. (On the
         # toy of the README none did as well.)
         noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
         return (logits + noise).softmax(-1), logits.softmax(-1)
@@ -669,6 +670,9 @@ def find_bert(name: str) -> Path:
             except NoSuchFile:  # try the other format
                 if file == choice[-1]:
                     raise
+            except InputError as error:
+                raise InputError(f"{error}; the same for the other files of it that are not yet there: config.json, "
+                                 "model.safetensors, tokenizer.json") from None
     return folder
 
 

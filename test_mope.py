@@ -648,6 +648,7 @@ def test_hub_id_is_downloaded_once_and_checked():
             assert torch.equal(load_bert("someone/small-bert")(ids), first), "from the cache"
             message = refused(lambda: load_bert("someone/third"), "127.0.0.1:9/someone/third/resolve/main/config.json")
             assert str(root / "hub") in message, "the error says where to put the file"
+            assert "model.safetensors" in message and "tokenizer.json" in message, "and names all of them at once"
         shutil.rmtree(cached)
         with hub(root / "www", cut=("pytorch_model.bin",)) as url, mock.patch.dict(os.environ, HF_ENDPOINT=url):
             refused(lambda: load_bert("someone/small-bert"), "pytorch_model.bin")
