@@ -27,6 +27,7 @@ Contents: attention and block - ViT - BERT - the three prompts - importance loss
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -72,7 +73,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries and whose keys and values may come from different sequences."""
+    """Multi-head attention whose queries and whose keys and values may come from different sequences.
+
+    `qkv` is never called, its rows are read: a hook on it, or another layer put in its place, has no effect.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -133,8 +137,7 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # The two encoders. Inside, names are those of DINOv2's checkpoints, and of BERT's for what only a BERT has. An encoder
 # takes one tensor and optionally prompts [L, B, P, D], knows nothing of where they come from, and returns a feature
-# [B, D]. Another encoder can take the place of either: `MoPE` needs dim, depth, prompt_scale, source (or None) and
-# this call.
+# [B, D]. Another encoder can take the place of either: `MoPE` needs dim, depth, prompt_scale and this call.
 
 
 class Encoder(nn.Module):
@@ -155,7 +158,8 @@ class Encoder(nn.Module):
                 mask = F.pad(mask, (0, prompts.shape[2]), value=True)  # every token sees every prompt
             mask = mask[:, None, None]  # [B, 1, 1, N + P]
 
-        for block, p in zip(self.blocks, [None] * self.depth if prompts is None else prompts.unbind()):  # p [B, P, D]
+        prompts = [None] * self.depth if prompts is None else prompts.unbind()
+        for block, p in zip(self.blocks, prompts, strict=True):  # p [B, P, D]
             x = block(x, p, mask, queries if block is self.blocks[-1] else None)
         return x
 
@@ -189,7 +193,7 @@ class ViT(Encoder):
                              f"normalised, [B, 3, {self.image_size}, {self.image_size}]")
         images = (images - self.shift) / self.scale
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N - 1, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.run(x, prompts, None, queries))
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
@@ -218,7 +222,8 @@ class BERT(Encoder):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """ids [B, N], padded with pad_id -> last hidden states [B, N, D]."""
+        """ids [B, N], padded with pad_id -> last hidden states [B, N, D]. A text has at least one token: an empty one
+        consists of [CLS] and [SEP]."""
         if ids.shape[1] > self.max_length:
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
@@ -258,7 +263,7 @@ class ConditionalPrompts(nn.Module):
     def __init__(self, layers: int, dim: int, prior_dim: int, bound: float, static: int = 6, experts: int = 16,
                  dynamic: int = 6, mapped: bool = True, hidden: int = 16, temperature: float = 0.1):
         super().__init__()
-        self.layers, self.dim, self.temperature = layers, dim, temperature
+        self.layers, self.dim, self.temperature = layers, dim, float(temperature)
         self.k = experts if dynamic else 0
         self.per_layer = static + dynamic * bool(experts) + mapped  # P
         self.static = uniform(bound, layers, static, dim) if static else None
@@ -281,7 +286,7 @@ class ConditionalPrompts(nn.Module):
         tau is the temperature.
         """
         if self.router is None:
-            return (psi.new_ones(len(psi), self.layers, 1),) * 2
+            return (psi.new_ones(psi.shape[0], self.layers, 1),) * 2
         logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
         # Noise while training only. Of its size we know only the 1/k² of the code for paper B. (On the
         # toy of the README none did as well.)
@@ -293,7 +298,7 @@ class ConditionalPrompts(nn.Module):
         psi = F.layer_norm(psi, psi.shape[-1:])  # we: encoders differ in scale, router and MLP should not
         prompts, routing = [], None
         if self.static is not None:
-            prompts.append(self.static.unsqueeze(1).expand(-1, len(psi), -1, -1))  # [L, B, l, D]
+            prompts.append(self.static.unsqueeze(1).expand(-1, psi.shape[0], -1, -1))  # [L, B, l, D]
         if self.experts is not None:
             mix, routing = self.route(psi)
             # P_d,i = sum_j r_i,j E_i,j: a dense mixture, every expert weighted
@@ -362,6 +367,8 @@ class MoPE(nn.Module):
         # Frozen by module, never by the names of parameters.
         main.requires_grad_(finetune)
         prior.requires_grad_(finetune and not self.one_modality)
+        if finetune:
+            main.source = prior.source = None  # they will not be what their files hold
         self.train()
 
     def train(self, mode: bool = True) -> MoPE:
@@ -373,21 +380,20 @@ class MoPE(nn.Module):
 
     def hold_frozen(self, dtype: torch.dtype) -> MoPE:
         """Keep the frozen matrices in `dtype` instead of casting them in every step; then run under autocast."""
-        for encoder in () if self.finetune else (self.main, self.prior):
-            for module in encoder.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    module.to(dtype)
+        for module in (*self.main.modules(), *self.prior.modules()):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in module.parameters()):
+                module.to(dtype)
         return self
 
     def forward(self, x: Tensor, y: Tensor) -> Output:
         """x: batch of the main modality, y: of the prior one; images [B, 3, S, S] uint8 or ids [B, N]."""
         if self.one_modality:
-            psi = self.head.weight.new_zeros(len(x), self.prior.dim)
+            psi = self.head.weight.new_zeros(x.shape[0], self.prior.dim)
         else:
             p = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-            psi = self.prior(y, None if p is None else p.unsqueeze(1).expand(-1, len(y), -1, -1))  # [B, D_y]
-        with torch.autocast(psi.device.type, enabled=False):  # router and prompts in float32
-            prompts, routing = self.prompts(psi.float())
+            psi = self.prior(y, None if p is None else p.unsqueeze(1).expand(-1, y.shape[0], -1, -1))  # [B, D_y]
+        with torch.autocast(psi.device.type, enabled=False):  # router and prompts in the precision of their weights
+            prompts, routing = self.prompts(psi.to(self.head.weight.dtype))
         feature = self.main(x, prompts)  # [B, D]
         logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature)
 
@@ -397,14 +403,20 @@ class MoPE(nn.Module):
 
     def trained_state(self) -> dict:
         """What was trained, as plain data for `torch.save`, and which backbone files and settings it belongs to."""
-        weights = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
+        weights = {name: t.detach().cpu().clone() for name, t in self.own().items()}
         return {"weights": weights, "belongs_to": self.belongs_to()}
+
+    def own(self) -> dict[str, Tensor]:
+        """All tensors but those of frozen encoders, whether or not they require a gradient just now."""
+        encoders = {id(t) for e in (self.main, self.prior) for t in e.state_dict(keep_vars=True).values()}
+        return {name: t for name, t in self.state_dict(keep_vars=True).items()
+                if self.finetune or t.requires_grad or id(t) not in encoders}
 
     def belongs_to(self) -> dict:
         """What weights of the right names and shapes could still be wrong for; None = not known, which fits all."""
         facts = {"temperature": self.prompts.temperature}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
-            facts |= {f"{part} {fact}": value for fact, value in (encoder.source or {}).items()}
+            facts |= {f"{part} {fact}": value for fact, value in (getattr(encoder, "source", None) or {}).items()}
             facts |= {f"{part} {fact}": getattr(encoder, fact, None) for fact in ("pooling", "image_size")}
         return facts
 
@@ -417,11 +429,11 @@ class MoPE(nn.Module):
         for fact, want in state["belongs_to"].items():
             if None not in (want, have.get(fact)) and want != have[fact] and not fact.endswith("name"):
                 raise InputError(f"{fact} is {have[fact]}, but what was trained belongs to: {state['belongs_to']}")
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = self.own()
         check_total(own, state["weights"], "the trained state")
         with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(state["weights"][name])
+            for name, t in own.items():
+                t.copy_(state["weights"][name])
         return self
 
     def report(self) -> str:
@@ -466,7 +478,8 @@ BERT_BASE_HASHES = {
 
 
 def load_vit(name: str, image_size: int = 224) -> ViT:
-    """A ViT in float32 from a name of `VISION` or a file in torchvision's or DINOv2's format. Raises InputError.
+    """A ViT in float32 from a name of `VISION` or a file in torchvision's or DINOv2's format, made for images that
+    are normalised with ImageNet's statistics. Raises InputError.
 
     Sizes are read off the tensors, but for the number of heads, which follows from the width in the public ones.
     """
@@ -499,7 +512,7 @@ def load_bert(name: str, pooling: str = "mean") -> BERT:
         kind = c["model_type"], c["hidden_act"], c.get("position_embedding_type", "absolute")
         bert = BERT(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
                     c["intermediate_size"], c["max_position_embeddings"], c["type_vocab_size"],
-                    eps=c["layer_norm_eps"], pad_id=c.get("pad_token_id", 0), pooling=pooling)
+                    eps=c["layer_norm_eps"], pad_id=c.get("pad_token_id") or 0, pooling=pooling)
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -568,6 +581,8 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     differ, and a feature made with one is not quite the feature made with the other.
     """
     n = math.isqrt(positions.shape[1] - 1)
+    if n * n != positions.shape[1] - 1:
+        raise InputError(f"{positions.shape[1]} positions; expected one of [CLS] and those of a square grid of patches")
     if n == side:
         return positions
     grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)  # [1, D, n, n]
@@ -658,14 +673,17 @@ def find_bert(name: str) -> Path:
         raise InputError(f"text encoder {name!r}: no such folder, nor a hub id (owner/name) or bert-base-uncased")
     revision, hashes = (BERT_BASE_REVISION, BERT_BASE_HASHES) if repo == BERT_BASE else ("main", {})
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    folder = cache_folder() / repo.replace("/", "--")
+    url, folder = f"{endpoint}/{repo}/resolve/{revision}", cache_folder() / repo.replace("/", "--")
 
     for choice in (["config.json"], ["model.safetensors", "pytorch_model.bin"], ["tokenizer.json", "vocab.txt"]):
         if any((folder / file).exists() for file in choice):
             continue
         for file in choice:
             try:
-                download(f"{endpoint}/{repo}/resolve/{revision}/{file}", folder / file, hashes.get(file, ""))
+                if file == "vocab.txt":  # alone, it does not say whether letters are lowered
+                    with contextlib.suppress(NoSuchFile):
+                        download(f"{url}/tokenizer_config.json", folder / "tokenizer_config.json")
+                download(f"{url}/{file}", folder / file, hashes.get(file, ""))
                 break
             except NoSuchFile:  # try the other format
                 if file == choice[-1]:
@@ -680,7 +698,7 @@ def download(url: str, path: Path, sha256: str = "") -> Path:
     """Fetch url to path unless it is there: complete and, where its hash is known, checked; or not at all."""
     if path.exists():
         return path
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes may want it too
     print(f"downloading {url} to {path}", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -490,6 +490,30 @@ def test_frozen_matrices_can_be_held_in_bfloat16():
     assert model.prompts.experts.grad.dtype == torch.float32
 
 
+def test_matrices_in_training_are_not_held_in_bfloat16():
+    model = tiny()
+    model.main.blocks[0].requires_grad_(True)
+    kinds = {name: p.dtype for name, p in model.hold_frozen(torch.bfloat16).main.named_parameters()}
+    assert kinds["blocks.0.mlp.fc1.weight"] == torch.float32 and kinds["blocks.1.mlp.fc1.weight"] == torch.bfloat16
+
+
+def test_export_with_any_batch_size():
+    model, batch = tiny().eval(), torch.export.Dim("B", min=2, max=64)
+    shapes = {"x": {0: batch}, "y": {0: batch}}
+    exported = torch.export.export(model, (pixels(), words()), dynamic_shapes=shapes).module()
+    assert (exported(pixels(7), words(7)).logits - model(pixels(7), words(7)).logits).abs().max() < 1e-5
+
+
+def test_prompts_for_another_number_of_layers_are_refused():
+    refused_by = []
+    for layers in (2, 4):
+        try:
+            tiny().main(pixels(), torch.zeros(layers, 4, 1, 24))
+        except ValueError:
+            refused_by.append(layers)
+    assert refused_by == [2, 4], "an encoder of three layers"
+
+
 def test_trainable_share_of_vit_b_16_and_bert_base():
     model = MoPE(ViT(), BERT(), 101)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -524,6 +548,14 @@ def test_trained_state_goes_to_a_fresh_process():
         refused(lambda: model.load_trained_state({"model": 1}), "weights and belongs_to")
         wider = MoPE(model.main, model.prior, 6, experts=4)
         refused(lambda: wider.load_trained_state(model.trained_state()), "misshapen", "head")
+
+        # what counts is what a tensor is, not whether it requires a gradient when it is saved
+        names = model.trained_state()["weights"].keys()
+        assert model.requires_grad_(False).trained_state()["weights"].keys() == names
+        assert not any(name.startswith(("main.", "prior.")) for name in names)
+        tuned = MoPE(model.main, model.prior, 5, finetune=True)
+        assert any(name.startswith("main.") for name in tuned.trained_state()["weights"])
+        assert "main sha256" not in tuned.trained_state()["belongs_to"], "its encoders are not those of the files"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -649,6 +681,13 @@ def test_hub_id_is_downloaded_once_and_checked():
             message = refused(lambda: load_bert("someone/third"), "127.0.0.1:9/someone/third/resolve/main/config.json")
             assert str(root / "hub") in message, "the error says where to put the file"
             assert "model.safetensors" in message and "tokenizer.json" in message, "and names all of them at once"
+        shutil.rmtree(cached)
+        cased = root / "www/someone/small-bert/resolve/main/tokenizer_config.json"
+        cased.write_text('{"do_lower_case": false}')  # vocab.txt alone does not say
+        with hub(root / "www") as url, mock.patch.dict(os.environ, HF_ENDPOINT=url):
+            tokenizer = data.load_tokenizer(load_bert("someone/small-bert").folder, 16)
+            assert tokenizer.encode("Red").ids != tokenizer.encode("red").ids
+        cased.unlink()
         shutil.rmtree(cached)
         with hub(root / "www", cut=("pytorch_model.bin",)) as url, mock.patch.dict(os.environ, HF_ENDPOINT=url):
             refused(lambda: load_bert("someone/small-bert"), "pytorch_model.bin")
@@ -969,6 +1008,7 @@ def test_run_writes_its_files_and_learns():
         train.main(arguments(root, "--out", str(out), "--lr", "0.01", "--epochs", "4"))
         results = json.loads((out / "results.json").read_text())
         assert results["test"]["accuracy"] >= 0.9 and results["epochs"] == 4
+        assert signal.getsignal(signal.SIGINT) is not train.catch, "signals are caught while training only"
         for key in ("dataset seed validation trainable_parameters total_parameters seconds images_per_second "
                     "damaged_images").split():
             assert key in results
@@ -1285,6 +1325,7 @@ def test_readme_recipe_prompts_a_foreign_encoder():
     optimizer.step()
     assert not torch.equal(model(x, words()).logits, before)
     assert all(torch.equal(p, frozen[name]) for name, p in model.main.named_parameters())
+    assert model.load_trained_state(model.trained_state()) is model
 
 
 def test_readme_commands_parse():

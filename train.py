@@ -659,9 +659,7 @@ def train(run: Run, state: dict | None) -> None:
             raise InputError("float16 gradients overflow in every step; resume with --precision float32 or bfloat16")
         return int(signalled)
 
-    CAUGHT.clear()
-    for number in SIGNALS:
-        signal.signal(number, catch)
+    before = {number: signal.signal(number, catch) for number in SIGNALS}
     try:
         while at["epoch"] < epochs:
             began = time.perf_counter()
@@ -731,6 +729,10 @@ def train(run: Run, state: dict | None) -> None:
             save("last.pt")
         say(f"stopped; continue with: python train.py --resume {out}")
         raise
+    finally:
+        CAUGHT.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def finish(run: Run, at: dict) -> None:
