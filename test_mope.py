@@ -1,6 +1,9 @@
 """Tests: `python test_mope.py [name ...]`, or pytest. CPU only, no network; what needs real weights skips without them.
 
-Real weights and photographs are looked for in $MOPE_SHARED, or ../shared; the README says what lies there.
+Real weights and photographs are looked for in $MOPE_SHARED, or ../shared. There would lie
+    weights/dinov2_vits14/dinov2_vits14_pretrain.pth, weights/all-MiniLM-L6-v2/ (a BERT folder),
+    golden/encoders.pt (what the two give, computed with other libraries), and
+    data/{food101,mmimdb,snli_ve,grocery}: small stand-ins in the layouts of these data sets, whose sizes are tested.
 """
 
 from __future__ import annotations
