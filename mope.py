@@ -13,7 +13,8 @@ then steers the encoder of the other, x ("main"), by a few prompt tokens given t
                                         learned, the same for every input -----> static prompts ---+
     x --> frozen encoder, prompted in every layer --> feature --> [feature, psi] --> linear head --> logits
 
-Only prompts, experts, router, MLP and head are trained: 0.7 % of the parameters of ViT-B/16 + BERT-base.
+Only prompts, experts, router, MLP and head are trained: 0.74 % of all parameters with ViT-B/16 + BERT-base and 101
+classes, where the abstract of paper A says 0.7 %.
 
 Symbols, used in every shape below; those of the prior modality carry a y where both occur, as in D_y:
 
@@ -222,8 +223,10 @@ class BERT(Encoder):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """ids [B, N], padded with pad_id -> last hidden states [B, N, D]. A text has at least one token: an empty one
-        consists of [CLS] and [SEP]."""
+        """ids [B, N], padded with pad_id -> last hidden states [B, N, D].
+
+        A text of padding alone gives nan; a tokenizer makes [CLS] and [SEP] of an empty one.
+        """
         if ids.shape[1] > self.max_length:
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
@@ -365,17 +368,21 @@ class MoPE(nn.Module):
             raise InputError("nothing of the prior modality reaches the head; set prior_prompts to 0")
 
         # Frozen by module, never by the names of parameters.
-        main.requires_grad_(finetune)
-        prior.requires_grad_(finetune and not self.one_modality)
-        if finetune:
-            main.source = prior.source = None  # they will not be what their files hold
+        for encoder in (main, prior):
+            encoder.requires_grad_(encoder not in self.frozen())
+            if encoder not in self.frozen():
+                encoder.source = None  # it will not be what its file holds
         self.train()
+
+    def frozen(self) -> list[nn.Module]:
+        """The encoders that are not trained; with `finetune`, the prior one if it is not used."""
+        return [self.main, self.prior] if not self.finetune else [self.prior] if self.one_modality else []
 
     def train(self, mode: bool = True) -> MoPE:
         """As usual, but frozen encoders stay in evaluation mode."""
         super().train(mode)
-        for encoder in (self.main, self.prior):
-            encoder.train(mode and self.finetune)
+        for encoder in self.frozen():
+            encoder.eval()
         return self
 
     def hold_frozen(self, dtype: torch.dtype) -> MoPE:
@@ -408,9 +415,9 @@ class MoPE(nn.Module):
 
     def own(self) -> dict[str, Tensor]:
         """All tensors but those of frozen encoders, whether or not they require a gradient just now."""
-        encoders = {id(t) for e in (self.main, self.prior) for t in e.state_dict(keep_vars=True).values()}
-        return {name: t for name, t in self.state_dict(keep_vars=True).items()
-                if self.finetune or t.requires_grad or id(t) not in encoders}
+        frozen = {id(t) for encoder in self.frozen() for t in encoder.state_dict(keep_vars=True).values()
+                  if not t.requires_grad}
+        return {name: t for name, t in self.state_dict(keep_vars=True).items() if id(t) not in frozen}
 
     def belongs_to(self) -> dict:
         """What weights of the right names and shapes could still be wrong for; None = not known, which fits all."""
@@ -491,6 +498,8 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
         positions = weights["pos_embed"]
     except KeyError as error:
         raise InputError(f"{path}: no tensor for {error}; this is not a ViT of torchvision or DINOv2") from None
+    if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+        raise InputError(f"{path}: {positions.shape[1]} positions; expected [CLS] and a square of patches")
     heads = {64: 4, 384: 6, 768: 12, 1024: 16}  # 64: a toy
     if dim not in heads:
         raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(heads)}")
@@ -581,8 +590,6 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     differ, and a feature made with one is not quite the feature made with the other.
     """
     n = math.isqrt(positions.shape[1] - 1)
-    if n * n != positions.shape[1] - 1:
-        raise InputError(f"{positions.shape[1]} positions; expected one of [CLS] and those of a square grid of patches")
     if n == side:
         return positions
     grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)  # [1, D, n, n]
@@ -689,8 +696,7 @@ def find_bert(name: str) -> Path:
                 if file == choice[-1]:
                     raise
             except InputError as error:
-                raise InputError(f"{error}; the same for the other files of it that are not yet there: config.json, "
-                                 "model.safetensors, tokenizer.json") from None
+                raise InputError(f"{error}; it needs config.json, model.safetensors and tokenizer.json there") from None
     return folder
 
 

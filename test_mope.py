@@ -560,6 +560,11 @@ def test_trained_state_goes_to_a_fresh_process():
         assert any(name.startswith("main.") for name in tuned.trained_state()["weights"])
         assert "main sha256" not in tuned.trained_state()["belongs_to"], "its encoders are not those of the files"
 
+        vit, bert = load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert")
+        image_only = MoPE(vit, bert, 5, experts=0, mapped=False, prior_prompts=0, head="main", finetune=True)
+        assert not any(name.startswith("prior.") for name in image_only.trained_state()["weights"])
+        assert vit.source is None and bert.source, "an encoder that is not used is not trained either"
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Weight files
@@ -606,9 +611,11 @@ def test_broken_weight_files_are_explained():
         extra = {k: v for k, v in weights.items()} | {"register_tokens": torch.zeros(1)}
         lacking = {k: v for k, v in weights.items() if k != "encoder.ln.bias"}
         misshapen = weights | {"encoder.ln.bias": torch.zeros(5)}
+        oblong = weights | {"encoder.pos_embedding": torch.zeros(1, 6, weights["class_token"].shape[-1])}
         unknown = {"conv1.weight": torch.zeros(3)}
         for name, state, hint in (("extra", extra, "1 unexpected (register_tokens)"), ("unknown", unknown, "not a ViT"),
-                                  ("lacking", lacking, "1 missing (norm.bias)"), ("misshapen", misshapen, "misshapen")):
+                                  ("lacking", lacking, "1 missing (norm.bias)"), ("misshapen", misshapen, "misshapen"),
+                                  ("oblong", oblong, "oblong.pth: 6 positions")):
             torch.save(state, root / f"{name}.pth")
             refused(lambda: load_vit(str(root / f"{name}.pth"), 32), f"{name}.pth", hint)
         refused(lambda: load_vit(str(root / "good.pth"), 30), "30", "multiple of the patch size 8")
@@ -1482,7 +1489,7 @@ if __name__ == "__main__":
             print(f"ok    {name}  ({time.perf_counter() - began:.1f} s)", flush=True)
         except unittest.SkipTest as reason:
             print(f"skip  {name}: {reason}", flush=True)
-        except Exception:
+        except (Exception, SystemExit):
             failed += 1
             print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
     print(f"{passed} passed, {failed} failed")
