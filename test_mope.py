@@ -1263,6 +1263,8 @@ def test_summarize_makes_a_table():
         assert table[2] == ["mope", "6", "12.50%", "0.600 ± 0.141", "3.000 ± 0.000", "0.400 ± 0.000", "0, 1"]
         assert table[3][:4] == ["mope", "2", "12.50%", "0.250"] and table[4][:2] == ["vanilla", "0"]
         refused(lambda: train.summarize([root / "none"]), "none", "finished runs")
+        (root / "run.log").write_text("")
+        refused(lambda: train.summarize([root / "run.log"]), "run.log", "finished runs")
 
 
 def test_benchmark_counts_and_times():

@@ -838,7 +838,7 @@ def summarize(folders: list[Path]) -> str:
     for folder in folders:
         try:
             config, results = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "results"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{error.filename} does not exist; expected folders of finished runs") from None
         config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed", "precision")}
         rows[json.dumps(config)].append(results)
