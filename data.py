@@ -167,9 +167,6 @@ class Layout:
         self.folder = folder
         self.notes: dict[str, list[str]] = defaultdict(list)
 
-    def read(self, split: str) -> Iterator[Sample]:
-        raise NotImplementedError
-
     def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
         return sample
 
@@ -185,13 +182,15 @@ class Layout:
         """All samples of a split; images that do not exist are noted, and left out of training."""
         try:
             samples = list(self.read(split))
+            for sample in samples:
+                sample.text.encode()  # half a surrogate pair, as JSON can hold, would stop the tokenizer later
         except (KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{self.folder}: the {split} split cannot be read ({error!r}); expected:\n"
                              f"{self.tree.strip()}") from error
         images = {s.image for s in samples if isinstance(s.image, Path)}
-        missing = sorted(str(image) for image in images if not image.exists())
+        missing = sorted(str(image) for image in images if not os.path.exists(image))
         if missing:
             what = "left out" if split == "train" else "kept with a grey image"
             self.notes[split].append(f"{len(missing)} images do not exist: {what}, for instance {missing[0]}")
@@ -199,7 +198,7 @@ class Layout:
             raise InputError(f"{self.folder}: the {split} split is empty")
         check_damaged(missing, samples, split)
         gone = set(missing) if split == "train" else ()
-        return [s for s in samples if str(s.image) not in gone]
+        return [s for s in samples if str(s.image) not in gone] if gone else samples
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -308,9 +307,10 @@ class MMIMDb(JsonLines):
         for name in json.loads(split_file.read_text("utf-8"))["dev" if split == "val" else split]:
             path = self.require(self.folder / "dataset" / f"{name}.json")
             film = json.loads(path.read_text("utf-8"))
-            if not film.get("plot") or "genres" not in film:
-                raise InputError(f"{path}: expected a plot and genres; found {sorted(film)}")
-            plot = max(film["plot"], key=len)  # max keeps the first of several that are equally long
+            plots = film.get("plot") if isinstance(film, dict) else None
+            if not isinstance(plots, list) or not plots or "genres" not in film:
+                raise InputError(f"{path}: expected a list \"plot\" and \"genres\"; found {str(film)[:200]}")
+            plot = max(plots, key=len)  # max keeps the first of several that are equally long
             yield Sample(name, path.with_suffix(".jpeg"), plot, film["genres"])
 
 
@@ -331,8 +331,9 @@ class SnliVE(JsonLines):
         for where, row in self.objects(path):
             photo = row.get("Flickr30K_ID", row.get("Flikr30kID"))  # older files spell it without the c
             label, hypothesis = row.get("gold_label"), row.get("sentence2")
-            if photo is None or label is None or hypothesis is None:
-                raise InputError(f"{where}: expected Flickr30K_ID, sentence2 and gold_label; found {sorted(row)}")
+            if photo is None or not isinstance(label, str) or not isinstance(hypothesis, str):
+                raise InputError(f"{where}: expected Flickr30K_ID and strings sentence2 and gold_label; found "
+                                 f"{json.dumps(row)[:200]}")
             if label == "-":  # the annotators did not agree
                 unlabelled += 1
                 continue
@@ -374,7 +375,7 @@ class Grocery(Layout):
             self.description[product] = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
             self.groups[group].append(product)
             self.group_of[product] = group
-        self.classes = self.products
+        self.classes = self.classes or self.products
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
         product = rng.choice(self.groups[self.group_of[sample.label]])
@@ -387,10 +388,7 @@ class GroceryVE(Grocery):
 
     flip = False
     repeat = 2
-
-    def read_classes(self, path: Path, root: Path) -> None:
-        super().read_classes(path, root)
-        self.classes = SnliVE.classes
+    classes = SnliVE.classes
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
         own, group = sample.label, self.group_of[sample.label]
@@ -491,6 +489,8 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
         held_out = set(stratified(splits["train"], max(1, round(HELD_OUT * len(splits["train"]))), seed=0))
         splits["val"] = [s for i, s in enumerate(splits["train"]) if i in held_out]
         splits["train"] = [s for i, s in enumerate(splits["train"]) if i not in held_out]
+        if not splits["train"]:
+            raise InputError(f"{source.folder}: a single training sample, held out for validation; expected more")
         source.notes["val"].append(f"held out of train: {HELD_OUT:.0%} of each label, by a fixed seed")
     if train_size is not None:
         splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
@@ -513,7 +513,7 @@ def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
 
     Every sample gets its rank within its label, shuffled, as a fraction; those with the smallest are taken.
     """
-    count = size if size >= 1 else round(size * len(samples))
+    count = round(size * len(samples)) if size < 1 else size
     if not 0 < count <= len(samples) or count != int(count):
         raise InputError(f"--train-size {size}: expected 1 to {len(samples)} samples, or a fraction of them")
     rng = np.random.default_rng(seed)

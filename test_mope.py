@@ -893,6 +893,7 @@ def test_train_size_is_seeded_and_stratified():
             assert len(chosen) == count and abs(sum("red" in c for c in chosen) - count / 2) <= 1
         assert pick(10, 0) == pick(10, 0) != pick(10, 1)
         refused(lambda: pick(1000, 0), "--train-size 1000", "36")
+        refused(lambda: pick(math.nan, 0), "--train-size nan")
 
 
 def test_jsonl_errors_name_file_and_line():
@@ -914,7 +915,9 @@ def test_jsonl_errors_name_file_and_line():
         for name, content, hint in (
                 ("train", good + "\n" + good.encode("utf-16").decode("latin-1"), "train.jsonl:2"),
                 ("train", good.encode() + b'\n{"text": "\xe9"}', "train.jsonl:2"), ("train", "[1]", "train.jsonl:1"),
-                ("train", good + "\n{", "train.jsonl:2"), ("val", '{"image": "a.png", "label": "b"}', "val.jsonl:1"),
+                ("train", good + "\n{", "train.jsonl:2"), ("train", good.replace('"x"', r'"\ud83d"'), "surrogates"),
+                ("train", good.replace("a.png", "a" * 999), "missing or cannot be read"),
+                ("val", '{"image": "a.png", "label": "b"}', "val.jsonl:1"),
                 ("test", "", "test split is empty"), ("test", good.replace('"b"', '"z"'), "'z'"),
                 ("val", several, "one of the 1 classes"), ("train", good + "\n" + several, "one of the")):
             refused(lambda: load(**{name: content}), hint)
@@ -923,19 +926,25 @@ def test_jsonl_errors_name_file_and_line():
 def test_layout_errors_name_the_file():
     with folder() as root:
         (root / "dataset").mkdir()
-        (root / "dataset/1.json").write_text('{"plot": [], "genres": ["Drama"]}')
         (root / "split.json").write_text('{"train": ["1"], "test": ["1"]}')
-        refused(lambda: data.load("mmimdb", root), "1.json", "expected a plot")
+        for film in ('{"plot": [], "genres": ["Drama"]}', '{"plot": "x", "genres": ["Drama"]}', "[1]"):
+            (root / "dataset/1.json").write_text(film)
+            refused(lambda: data.load("mmimdb", root), "1.json", "expected a list")
         (root / "dataset/1.json").write_text('{"plot": ["x"], "genres": ["Drama"]}')
         Image.new("RGB", (8, 8)).save(root / "dataset/1.jpeg")
         refused(lambda: data.load("mmimdb", root), str(root), "the val split", "'dev'", "split.json")
         (root / "dataset/classes.csv").write_text("header\nonly,two")
         (root / "dataset/train.txt").touch()
         refused(lambda: data.load("grocery", root), "the train split", "classes.csv")
+        (root / "flickr30k_images").mkdir()
+        (root / "snli_ve_train.jsonl").write_text('{"Flickr30K_ID": 1, "sentence2": 7, "gold_label": "neutral"}')
+        refused(lambda: data.load("snli_ve", root), "snli_ve_train.jsonl:1", "strings sentence2")
         one = '{"image": "dataset/1.jpeg", "text": "x", "label": "%s"}'
         for name in ("train", "test"):
             (root / f"{name}.jsonl").write_text("\n".join(one % label for label in "aabb"))
         assert [len(split) for split in data.load("jsonl", root).values()] == [3, 1, 4], "one of four is held out"
+        (root / "train.jsonl").write_text(one % "a")
+        refused(lambda: data.load("jsonl", root), "a single training sample")
 
 
 def test_shapes_need_both_modalities():
@@ -1090,6 +1099,23 @@ def test_killed_run_resumes():
         assert process.wait() == -signal.SIGKILL and not (root / "cut/results.json").exists()
         train.main(["--resume", f"{root}/cut"])
         same_runs(root / "whole", root / "cut")
+
+
+def test_resume_in_another_manner():
+    with folder() as root:
+        resume = ["--resume", f"{root}/run"]
+        with mock.patch("train.task_loss", side_effect=KeyboardInterrupt):
+            try:
+                train.main(arguments(root, "--out", f"{root}/run"))
+                raise AssertionError("a run should stop here")
+            except KeyboardInterrupt:
+                pass
+        refused(lambda: train.main([*resume, "--accumulate", "0"]), "--accumulate 0")
+        titles = shutil.copytree(root / "food", root / "less") / "texts/train_titles.csv"
+        titles.write_text("\n".join(titles.read_text().splitlines()[1:]))
+        refused(lambda: train.main([*resume, "--data-dir", f"{root}/less"]), "35 training samples", "36")
+        train.main([*resume, "--precision", "float16"])
+        assert json.loads((root / "run/config.json").read_text())["config"]["precision"] == "float16"
 
 
 def test_second_signal_leaves_at_once():
@@ -1262,24 +1288,16 @@ def test_summarize_makes_a_table():
         assert table[0] == ["method", "experts", "trainable", "test accuracy", "experts used", "busiest", "seeds"]
         assert table[2] == ["mope", "6", "12.50%", "0.600 ± 0.141", "3.000 ± 0.000", "0.400 ± 0.000", "0, 1"]
         assert table[3][:4] == ["mope", "2", "12.50%", "0.250"] and table[4][:2] == ["vanilla", "0"]
-        refused(lambda: train.summarize([root / "none"]), "none", "finished runs")
+        refused(lambda: train.summarize([root / "none"]), "none", "folder of a run")
         (root / "run.log").write_text("")
-        refused(lambda: train.summarize([root / "run.log"]), "run.log", "finished runs")
+        refused(lambda: train.summarize([root / "run.log"]), "run.log", "folder of a run")
 
 
 def test_benchmark_counts_and_times():
-    from torch.utils.flop_counter import FlopCounterMode
-    for encoder, prompts, tokens, batch in ((ViT(32, 8, 64, 3, 2, 128), 5, 17, pixels(1)),
-                                            (BERT(50, 16, 2, 2, 32), 3, 9, torch.ones(1, 9, dtype=torch.long))):
-        with FlopCounterMode(display=False) as counted:
-            encoder(batch, torch.zeros(encoder.depth, 1, prompts, encoder.dim, requires_grad=True))
-        embedding = 2 * 16 * 64 * 3 * 8 * 8 if isinstance(encoder, ViT) else 0
-        assert counted.get_total_flops() - embedding == train.forward_flops(encoder, tokens, prompts)
-
     with folder() as root, mock.patch("train.PRODUCT", 64), contextlib.redirect_stdout(io.StringIO()) as said:
         train.main(["--benchmark", *arguments(root)])
     for line in (r"loader alone: [\d.]+ images/s", r"training step +[\d.]+ ms .* images/s +\d+% of the product",
-                 r"evaluation +[\d.]+ ms", r"batch 6, \d+ tokens of text, cpu"):
+                 r"evaluation +[\d.]+ ms +0\.[1-9] GFLOP ", r"batch 6, \d+ tokens of text, cpu"):
         assert re.search(line, said.getvalue()), f"{line} not in {said.getvalue()}"
 
 
@@ -1296,6 +1314,7 @@ def test_command_line_errors_are_one_message():
         refused(lambda: train.main([*argv, "--epochs", "0"]), "--epochs 0")
         refused(lambda: train.main([*argv, "--text-length", "100"]), "--text-length 100", "40")
         refused(lambda: train.main(["--benchmark", "--vision", "vit_l_16"]), "name a --dataset")
+        assert "not allowed with argument" in run(["--benchmark", "--resume", str(root)]).stderr
         (root / "bad.pt").write_bytes(b"x")
         refused(lambda: train.main(["--eval", "--checkpoint", str(root / "bad.pt")]), "bad.pt", "not a checkpoint")
         done = run(missing)

@@ -31,12 +31,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from mope import BERT, Encoder, InputError, MoPE, ViT, count, effective_experts, load_bert, load_vit
+from mope import BERT, InputError, MoPE, ViT, count, effective_experts, load_bert, load_vit
 
 # What a data set decides, and any flag overrides. lr and weight decay are AdamW's; text_length counts word pieces,
 # [CLS] and [SEP] included.
@@ -140,13 +142,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("runs")
     group.add_argument("--out", type=Path, help="folder of the run; default runs/<dataset>")
     group.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
-    group.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     group.add_argument("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for:")
-    group.add_argument("--eval", action="store_true", help="evaluate it on the test split")
-    group.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"), help="what it says of one pair")
-    group.add_argument("--summarize", nargs="+", metavar="RUN", type=Path, help="finished runs as a Markdown table")
-    group.add_argument("--benchmark", action="store_true", help="time loader, training step and evaluation, without "
-                       "--dataset on random weights and inputs")
+    action = group.add_mutually_exclusive_group()
+    action.add_argument("--eval", action="store_true", help="evaluate it on the test split")
+    action.add_argument("--predict", nargs=2, metavar=("IMAGE", "TEXT"), help="what it says of one pair")
+    action.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
+    action.add_argument("--summarize", nargs="+", metavar="RUN", type=Path, help="finished runs as a Markdown table")
+    action.add_argument("--benchmark", action="store_true", help="time loader, training step and evaluation, without "
+                        "--dataset on random weights and inputs")
     return parser.parse_args(argv)
 
 
@@ -180,28 +183,37 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
             if key not in MOVABLE and value != stored:
                 raise InputError(f"--{key.replace('_', '-')} {value} contradicts {path}, which was made with {stored}; "
                                  "leave it out, or start a new run with another --out")
-        return {**state["config"], **given}, state, path.parent
+        config, out = {**state["config"], **given}, path.parent
+    else:
+        if args.benchmark and not args.dataset and (args.vision or args.text):
+            raise InputError("--benchmark times ViT-B/16 and BERT-base; to time other encoders, name a --dataset")
+        dataset = args.dataset or ("food101" if args.benchmark else "shapes")
+        config, state = {**defaults(dataset, args.method or "mope"), **given}, None
+        out = args.out or Path("runs", dataset)
 
-    if args.benchmark and not args.dataset and (args.vision or args.text):
-        raise InputError("--benchmark times ViT-B/16 and BERT-base; to time other encoders, name a --dataset")
-    dataset = args.dataset or ("food101" if args.benchmark else "shapes")
-    config = {**defaults(dataset, args.method or "mope"), **given}
     least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
                  prior_prompts=0, mapper=1, temperature=1e-6, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
     for key, bound in least.items():
         if not bound <= config[key] < math.inf:
             raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {bound}")
-    out = args.out or Path("runs", dataset)
-    if not args.overwrite and not args.benchmark:
+    if not state and not args.overwrite and not args.benchmark:
         check_out(out, config)
-    return config, None, out
+    return config, state, out
+
+
+def read_run(folder: Path, name: str) -> dict:
+    """The config.json or results.json of a run."""
+    try:
+        return json.loads((folder / name).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise InputError(f"{folder / name} cannot be read; expected the folder of a run") from None
 
 
 def check_out(out: Path, config: dict) -> None:
     """Never write over another run unasked; exit 0 if this very run is finished already."""
     if not (out / "config.json").exists():
         return
-    old = json.loads((out / "config.json").read_text())["config"]
+    old = read_run(out, "config.json").get("config", {})
     for key in (k for k in config if k not in INCIDENTAL):
         drawn = key in ("vision", "text") and config[key] is None  # the encoders that shapes makes for itself
         if config[key] not in (old.get(key), "auto") and not drawn:
@@ -369,24 +381,21 @@ class Run:
             return *(network or self.model)(x, y), labels
 
 
-def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype) -> tuple[MoPE, Path]:
-    """-> the model, and the folder where the tokenizer of its text encoder lies."""
-    encoders = {"vision": load_vit(config["vision"], config["image_size"]),
-                "text": load_bert(config["text"], config["pooling"])}
+def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype,
+          encoders: dict | None = None) -> tuple[MoPE, Path | None]:
+    """-> the model, of pretrained encoders unless others are given, and the folder of its tokenizer."""
+    encoders = encoders or {"vision": load_vit(config["vision"], config["image_size"]),
+                            "text": load_bert(config["text"], config["pooling"])}
     text = encoders["text"]
     if config["text_length"] > text.max_length:
         raise InputError(f"--text-length {config['text_length']}: {config['text']} reads at most {text.max_length}")
-    return assemble(config, encoders, classes, device, dtype), text.folder
-
-
-def assemble(config: dict, encoders: dict, classes: int, device: torch.device, dtype: torch.dtype) -> MoPE:
     torch.manual_seed(config["seed"])  # prompts, router, MLP and head
     sizes = ("prior_prompts", "head", "finetune", "static", "experts", "dynamic", "temperature", "mapped")
     model = MoPE(encoders.pop(config["main"]), *encoders.values(), classes, hidden=config["mapper"],
                  **{key: config[key] for key in sizes}).hold_frozen(dtype).to(device)
     if config["compile"]:
         model.compile()
-    return model
+    return model, text.folder
 
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -585,6 +594,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = data.load_tokenizer(folder, config["text_length"], 16 if config["compile"] else None)
     run = Run(config, out, device, dtype, model, {})
     for name, split in splits.items():
+        if args.eval and name != "test":
+            continue
         batches = data.Batches(split, config["batch_size"], config["seed"], RANK, WORLD,
                                config["accumulate"] if name == "train" else 1)
         run.loaders[name] = data.loader(split, tokenizer, config["image_size"], batches, config["workers"], device.type)
@@ -603,7 +614,7 @@ def train(run: Run, state: dict | None) -> None:
     """The training loop, from the start or from a checkpoint, and the final evaluation."""
     config, out, device, model, loader = run.config, run.out, run.device, run.model, run.loaders["train"]
     batches, epochs, accumulate = loader.batch_sampler, config["epochs"], config["accumulate"]
-    steps = batches.steps
+    steps, samples = batches.steps, len(loader.dataset)
     metric = "f1_micro" if loader.dataset.multilabel else "accuracy"
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config["lr"], weight_decay=config["weight_decay"],
@@ -616,9 +627,13 @@ def train(run: Run, state: dict | None) -> None:
     at = dict(epoch=0, step=0, losses=[], best=-1.0, best_epoch=0, validation={}, damaged=[], damaged_validation=[],
               seconds=0.0, images=0, log=[])
     if state:
+        if state.get("samples", samples) != samples:
+            raise InputError(f"{config['data_dir']}: {samples:,} training samples, but {out} began with "
+                             f"{state['samples']:,}, whose order it follows; give the --data-dir with those")
         model.load_trained_state(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run began in another precision
+            scaler.load_state_dict(state["scaler"])
         at = state["at"]
         say(f"resumed {out} at epoch {at['epoch'] + 1}, step {at['step']} of {steps}")
 
@@ -626,7 +641,7 @@ def train(run: Run, state: dict | None) -> None:
         if RANK == 0:
             write(out / name, dict(
                 config=config, versions=versions(), at=at, classes=loader.dataset.classes,
-                multilabel=loader.dataset.multilabel, trained=model.trained_state(),
+                samples=samples, multilabel=loader.dataset.multilabel, trained=model.trained_state(),
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
 
     if not state:
@@ -634,8 +649,8 @@ def train(run: Run, state: dict | None) -> None:
             for name in ("results.json", "best.pt", "log.jsonl", "predictions.csv", "routing.png"):
                 (out / name).unlink(missing_ok=True)  # of the run that --overwrite replaces
         save("last.pt")
-        if RANK == 0:
-            write(out / "config.json", json.dumps({"config": config, "versions": versions()}, indent=1))
+    if RANK == 0:
+        write(out / "config.json", json.dumps({"config": config, "versions": versions()}, indent=1))
 
     pending = []  # losses still on the device
     every = 1 if device.type == "cpu" and WORLD == 1 else 10  # steps between two looks at them
@@ -809,7 +824,8 @@ def print_mistakes(by_class: dict[str, float], classes: list[str], rows: dict, c
 def predict(run: Run, state: dict, image: str, text: str) -> None:
     """Print the five most probable classes of one pair, and the experts that its routing used."""
     try:
-        pixels = data.decode(Path(image), run.config["image_size"])
+        drawn = run.config["dataset"] == "shapes"  # its pictures are never cropped
+        pixels = data.decode(np.array(Image.open(image).convert("RGB")) if drawn else image, run.config["image_size"])
     except Exception as error:  # Pillow's are of many types
         raise InputError(f"{image}: not an image that can be read ({error})") from None
     classes = state["classes"]
@@ -836,10 +852,7 @@ def summarize(folders: list[Path]) -> str:
     """
     rows = defaultdict(list)
     for folder in folders:
-        try:
-            config, results = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "results"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{error.filename} does not exist; expected folders of finished runs") from None
+        config, results = (read_run(folder, name) for name in ("config.json", "results.json"))
         config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed", "precision")}
         rows[json.dumps(config)].append(results)
 
@@ -866,17 +879,6 @@ def summarize(folders: list[Path]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
-def forward_flops(encoder: Encoder, tokens: int, prompts: int) -> int:
-    """Additions and multiplications in the matrix products of the layers, for one sample's forward pass."""
-    d, mlp, keys = encoder.dim, encoder.blocks[0].mlp.fc1.out_features, tokens + prompts
-
-    def layer(queries: int) -> int:  # keys and values; queries, projection and MLP; scores and mixtures
-        return 2 * (keys * 2 * d * d + queries * (2 * d * d + 2 * d * mlp) + 2 * queries * keys * d)
-
-    reads_cls = getattr(encoder, "pooling", "cls") == "cls"
-    return (encoder.depth - 1) * layer(tokens) + layer(1 if reads_cls else tokens)
-
-
 PRODUCT = 4096  # side of the matrices whose product stands for the hardware's limit
 
 
@@ -885,7 +887,7 @@ def benchmark(run: Run, repeats: int = 10) -> None:
     config, model = run.config, run.model
     if model is None:  # no data set named: random weights and inputs, texts as long as a title
         encoders = {"vision": ViT(config["image_size"]), "text": BERT(pooling=config["pooling"])}
-        model = run.model = assemble(config, encoders, 101, run.device, run.dtype)
+        model = run.model = build(config, 101, run.device, run.dtype, encoders)[0]
         n, side = config["batch_size"], config["image_size"]
         batch = dict(images=torch.randint(256, (n, 3, side, side), dtype=torch.uint8),
                      texts=torch.randint(1, 30_000, (n, 24)), labels=torch.randint(101, (n,)))
@@ -895,12 +897,14 @@ def benchmark(run: Run, repeats: int = 10) -> None:
         count = sum(len(b["index"]) for b in itertools.islice(batches, 2 * repeats))
         say(f"loader alone: {count / (time.perf_counter() - began):.1f} images/s with --workers {config['workers']}")
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=run.device.type in ("cpu", "cuda"))
     a, b = torch.randn(2, PRODUCT, PRODUCT, device=run.device).to(run.dtype)
 
     def step() -> None:
         logits, _, importance, labels = run.forward(batch)
         (task_loss(logits.float(), labels) + config["importance"] * importance).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -916,17 +920,14 @@ def benchmark(run: Run, repeats: int = 10) -> None:
                 synchronize(run.device)
                 seconds[name] += [time.perf_counter() - began] if i > 1 else []
 
-    # Training passes through a layer once forward, once backward for what is below it, once more for its own weights.
-    vision, text = (model.main, model.prior) if config["main"] == "vision" else (model.prior, model.main)
-    tokens = {vision: vision.pos_embed.shape[1], text: batch["texts"].shape[1]}
-    flops = Counter()
-    for encoder, prompts in ((model.main, model.prompts.per_layer), (model.prior, config["prior_prompts"])):
-        if encoder is model.prior and model.one_modality:
-            continue
-        forward = forward_flops(encoder, tokens[encoder], prompts)
-        flops["evaluation"] += forward * len(batch["labels"])
-        passes = 3 if config["finetune"] else 2 if prompts else 1
-        flops["training step"] += passes * forward * len(batch["labels"])
+    # What the step multiplies, as PyTorch counts it (a CPU's fused attention it would miss), on two samples for all.
+    part = {name: values[:2] for name, values in batch.items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits, _, importance, labels = run.forward(part, model.forward)  # not compiled
+        flops = {"evaluation": counter.get_total_flops()}
+        (task_loss(logits.float(), labels) + config["importance"] * importance).backward()
+        flops["training step"] = counter.get_total_flops()
+    flops = {name: value * len(batch["labels"]) // len(labels) for name, value in flops.items()}
     flops["large product"] = 2 * PRODUCT ** 3
     rate = {name: flops[name] / statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
