@@ -85,6 +85,8 @@ class Pairs(Dataset):
         sample = self.source.draw(self.samples[i], rng)
         try:
             image, damaged = decode(sample.image, self.image_size, rng if self.train else None, self.source.flip), ""
+        except MemoryError:
+            raise
         except Exception:  # Pillow raises many types for damaged files; what is damaged is counted and limited
             grey = np.full((self.image_size, self.image_size, 3), GREY, np.uint8)
             image, damaged = torch.from_numpy(grey).permute(2, 0, 1), str(sample.image)
@@ -182,8 +184,8 @@ class Layout:
         """All samples of a split; images that do not exist are noted, and left out of training."""
         try:
             samples = list(self.read(split))
-            for sample in samples:
-                sample.text.encode()  # half a surrogate pair, as JSON can hold, would stop the tokenizer later
+            for s in samples:  # half a surrogate pair, as JSON can hold, would stop the tokenizer or a file later
+                "".join((s.id, s.text, *names_of(s.label))).encode()
         except (KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -355,7 +357,7 @@ class Grocery(Layout):
 
     def read(self, split: str) -> Iterator[Sample]:
         root = self.folder / "dataset" if (self.folder / "dataset").is_dir() else self.folder
-        if not hasattr(self, "groups"):
+        if not hasattr(self, "group"):
             self.read_classes(self.require(root / "classes.csv"), root)
         for _, line in numbered_lines(self.require(root / f"{split}.txt")):
             path, product, _ = (field.strip() for field in line.split(","))
@@ -363,22 +365,21 @@ class Grocery(Layout):
                 yield Sample(f"{path}#{copy}" if copy else path, root / path, "", self.products[int(product)])
 
     def read_classes(self, path: Path, root: Path) -> None:
-        """classes.csv -> products by number, descriptions split into sentences, products by group."""
-        self.products: list[str] = []
+        """classes.csv -> products by number; of each, the sentences of its description, and its group's products."""
         self.description: dict[str, list[str]] = {}
-        self.groups: dict[str, list[str]] = defaultdict(list)
-        self.group_of: dict[str, str] = {}
+        self.group: dict[str, list[str]] = {}
+        groups = defaultdict(list)
         for _, line in list(numbered_lines(path))[1:]:
             product, _, group, _, _, file = line.split(",")
             text = self.require(root / file.strip().lstrip("/")).read_text("utf-8")
-            self.products.append(product)
             self.description[product] = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
-            self.groups[group].append(product)
-            self.group_of[product] = group
+            groups[group].append(product)
+            self.group[product] = groups[group]
+        self.products = list(self.group)
         self.classes = self.classes or self.products
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        product = rng.choice(self.groups[self.group_of[sample.label]])
+        product = rng.choice(self.group[sample.label])
         return sample._replace(text=rng.choice(self.description[product]))
 
 
@@ -391,9 +392,9 @@ class GroceryVE(Grocery):
     classes = SnliVE.classes
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        own, group = sample.label, self.group_of[sample.label]
-        candidates = {"entailment": [own], "neutral": [p for p in self.groups[group] if p != own],
-                      "contradiction": [p for p in self.products if self.group_of[p] != group]}
+        own, group = sample.label, self.group[sample.label]
+        candidates = {"entailment": [own], "neutral": [p for p in group if p != own],
+                      "contradiction": [p for p in self.products if p not in group]}
         label = rng.choice([name for name, products in candidates.items() if products])
         text = " ".join(self.description[rng.choice(candidates[label])][:2])
         return sample._replace(text=text, label=str(label))

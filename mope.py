@@ -37,6 +37,7 @@ import re
 import sys
 import urllib.request
 from collections import OrderedDict
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,7 +269,6 @@ class ConditionalPrompts(nn.Module):
         super().__init__()
         self.layers, self.dim, self.temperature = layers, dim, float(temperature)
         self.k = experts if dynamic else 0
-        self.per_layer = static + dynamic * bool(experts) + mapped  # P
         self.static = uniform(bound, layers, static, dim) if static else None
         self.experts = uniform(bound, layers, self.k, dynamic, dim) if self.k else None
 
@@ -496,8 +496,8 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
         dim, _, patch_size, _ = weights["patch_embed.weight"].shape
         mlp_dim = len(weights["blocks.0.mlp.fc1.weight"])
         positions = weights["pos_embed"]
-    except KeyError as error:
-        raise InputError(f"{path}: no tensor for {error}; this is not a ViT of torchvision or DINOv2") from None
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a ViT of torchvision or DINOv2 ({error!r})") from None
     if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
         raise InputError(f"{path}: {positions.shape[1]} positions; expected [CLS] and a square of patches")
     heads = {64: 4, 384: 6, 768: 12, 1024: 16}  # 64: a toy
@@ -679,7 +679,7 @@ def find_bert(name: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise InputError(f"text encoder {name!r}: no such folder, nor a hub id (owner/name) or bert-base-uncased")
     revision, hashes = (BERT_BASE_REVISION, BERT_BASE_HASHES) if repo == BERT_BASE else ("main", {})
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url, folder = f"{endpoint}/{repo}/resolve/{revision}", cache_folder() / repo.replace("/", "--")
 
     for choice in (["config.json"], ["model.safetensors", "pytorch_model.bin"], ["tokenizer.json", "vocab.txt"]):
@@ -714,7 +714,8 @@ def download(url: str, path: Path, sha256: str = "") -> Path:
         if length and partial.stat().st_size != int(length):
             raise OSError(f"{partial.stat().st_size:,} of {int(length):,} bytes arrived")
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors; a wrong hash, a RuntimeError
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        # URLError and HTTPError are OSErrors; a wrong hash is a RuntimeError, an unknown kind of address a ValueError
         partial.unlink(missing_ok=True)
         if getattr(error, "code", None) in (401, 403, 404):  # hubs answer 401 to a name that they do not know
             raise NoSuchFile(f"{url} does not exist, or not for everybody ({error}); check the name") from None

@@ -691,6 +691,9 @@ def test_hub_id_is_downloaded_once_and_checked():
             message = refused(lambda: load_bert("someone/third"), "127.0.0.1:9/someone/third/resolve/main/config.json")
             assert str(root / "hub") in message, "the error says where to put the file"
             assert "model.safetensors" in message and "tokenizer.json" in message, "and names all of them at once"
+        for endpoint in ("a-mirror.example", "http://127.0.0.1:port"):
+            with mock.patch.dict(os.environ, HF_ENDPOINT=endpoint):
+                refused(lambda: load_bert("someone/third"), f"could not download {endpoint}/someone/third")
         shutil.rmtree(cached)
         cased = root / "www/someone/small-bert/resolve/main/tokenizer_config.json"
         cased.write_text('{"do_lower_case": false}')  # vocab.txt alone does not say
@@ -777,6 +780,21 @@ def test_damaged_images_are_counted_and_limited():
         Image.new("RGB", (8, 8)).save(file)
         with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 10):  # a decompression bomb is not an OSError
             assert "red_0.jpg" in pairs[0, 0][-1]
+        with mock.patch("data.resize", side_effect=MemoryError):
+            try:
+                pairs[0, 0]
+                raise AssertionError("no memory is no damage")
+            except MemoryError:
+                pass
+
+
+def test_damaged_training_images_stop_at_the_first_step():
+    with folder() as root:
+        argv = arguments(root, "--out", f"{root}/run")
+        for file in (root / "food/images/train").rglob("*.jpg"):
+            file.write_bytes(b"damaged")
+        with mock.patch("train.evaluate", side_effect=AssertionError("after an epoch")):
+            refused(lambda: train.main(argv), "6 of 36", "of train")
 
 
 def test_damaged_validation_images_are_not_counted_towards_training():
@@ -916,6 +934,7 @@ def test_jsonl_errors_name_file_and_line():
                 ("train", good + "\n" + good.encode("utf-16").decode("latin-1"), "train.jsonl:2"),
                 ("train", good.encode() + b'\n{"text": "\xe9"}', "train.jsonl:2"), ("train", "[1]", "train.jsonl:1"),
                 ("train", good + "\n{", "train.jsonl:2"), ("train", good.replace('"x"', r'"\ud83d"'), "surrogates"),
+                ("train", good.replace('"b"', r'"\ud83d"'), "surrogates"),
                 ("train", good.replace("a.png", "a" * 999), "missing or cannot be read"),
                 ("val", '{"image": "a.png", "label": "b"}', "val.jsonl:1"),
                 ("test", "", "test split is empty"), ("test", good.replace('"b"', '"z"'), "'z'"),
@@ -1050,6 +1069,7 @@ def test_run_writes_its_files_and_learns():
             assert not done.code
         refused(lambda: train.main(argv + ["--lr", "0.02"]), "lr", "--overwrite")
         refused(lambda: train.main(argv + ["--lr", "0.01", "--data-dir", "elsewhere"]), "data_dir", "elsewhere")
+        refused(lambda: train.main(argv + ["--lr", "0.01", "--accumulate", "2"]), "accumulate")
         (out / "results.json").unlink()
         refused(lambda: train.main(argv + ["--lr", "0.01"]), f"--resume {out}")
         refused(lambda: train.main(["--resume", str(out), "--lr", "0.5"]), "--lr 0.5 contradicts")
@@ -1064,6 +1084,7 @@ def test_run_writes_its_files_and_learns():
         assert done.returncode == 0 and re.search(r"^[01]\.\d+  red$", done.stdout, re.M), done.stderr
         assert "busiest expert" in done.stdout
         refused(lambda: train.main(["--predict", __file__, "x", "--checkpoint", f"{out}/best.pt"]), "not an image")
+        refused(lambda: train.main(["--predict", photo, "caf\udce9", "--checkpoint", f"{out}/best.pt"]), "not UTF-8")
 
 
 def test_interrupted_and_resumed_equals_uninterrupted():
@@ -1288,6 +1309,8 @@ def test_summarize_makes_a_table():
         assert table[0] == ["method", "experts", "trainable", "test accuracy", "experts used", "busiest", "seeds"]
         assert table[2] == ["mope", "6", "12.50%", "0.600 ± 0.141", "3.000 ± 0.000", "0.400 ± 0.000", "0, 1"]
         assert table[3][:4] == ["mope", "2", "12.50%", "0.250"] and table[4][:2] == ["vanilla", "0"]
+        mixed = train.summarize([*runs[:1], finished("e", 0.9, seed=0, precision="bfloat16")])
+        assert "| bfloat16 |" in mixed and "±" not in mixed, "other precisions are no other seeds"
         refused(lambda: train.summarize([root / "none"]), "none", "folder of a run")
         (root / "run.log").write_text("")
         refused(lambda: train.summarize([root / "run.log"]), "run.log", "folder of a run")
@@ -1312,6 +1335,7 @@ def test_command_line_errors_are_one_message():
         refused(lambda: train.main(["--eval"]), "--checkpoint")
         refused(lambda: train.main(["--resume", str(root)]), "last.pt", "no such checkpoint")
         refused(lambda: train.main([*argv, "--epochs", "0"]), "--epochs 0")
+        refused(lambda: train.main([*argv, "--seed", str(2 ** 63)]), "--seed 9")
         refused(lambda: train.main([*argv, "--text-length", "100"]), "--text-length 100", "40")
         refused(lambda: train.main(["--benchmark", "--vision", "vit_l_16"]), "name a --dataset")
         assert "not allowed with argument" in run(["--benchmark", "--resume", str(root)]).stderr
@@ -1324,6 +1348,8 @@ def test_command_line_errors_are_one_message():
 def test_out_of_memory_and_full_disk_are_one_sentence():
     for error, word in ((torch.OutOfMemoryError("CUDA out of memory"), "--accumulate"), (MemoryError(), "--batch-size"),
                         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--accumulate"),
+                        (RuntimeError("MPS backend out of memory (...)"), "--accumulate"),
+                        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error."), "--workers"),
                         (OSError(28, "No space left on device", "last.pt"), "last.pt: No space left")):
         said = io.StringIO()
         with mock.patch("train.main", side_effect=error), contextlib.redirect_stderr(said):

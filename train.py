@@ -110,8 +110,9 @@ FLAGS = {
 
 # A resumed or evaluated run may go on in another place, machine or manner; all else must stay as it was.
 MOVABLE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile", "precision")
-# Runs that differ in these alone are the same run.
-INCIDENTAL = ("device", "workers", "accumulate", "compile")
+# Runs that differ in these alone are the same run. (Accumulated steps are not: the importance loss and the router's
+# noise are those of a micro-batch.)
+INCIDENTAL = ("device", "workers", "compile")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -194,8 +195,8 @@ def resolve(args: argparse.Namespace) -> tuple[dict, dict | None, Path]:
     least = dict(epochs=1, batch_size=1, accumulate=1, text_length=3, image_size=1, static=0, experts=0, dynamic=0,
                  prior_prompts=0, mapper=1, temperature=1e-6, workers=0, importance=0, lr=0, weight_decay=0, seed=0)
     for key, bound in least.items():
-        if not bound <= config[key] < math.inf:
-            raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected at least {bound}")
+        if not bound <= config[key] < 2 ** 63:
+            raise InputError(f"--{key.replace('_', '-')} {config[key]}: expected {bound} or more, below 2⁶³")
     if not state and not args.overwrite and not args.benchmark:
         check_out(out, config)
     return config, state, out
@@ -215,7 +216,8 @@ def check_out(out: Path, config: dict) -> None:
         return
     old = read_run(out, "config.json").get("config", {})
     for key in (k for k in config if k not in INCIDENTAL):
-        drawn = key in ("vision", "text") and config[key] is None  # the encoders that shapes makes for itself
+        # Of shapes, which makes encoders for itself:
+        drawn = key in ("vision", "text") and config[key] is None and "shapes-encoders-" in str(old.get(key))
         if config[key] not in (old.get(key), "auto") and not drawn:
             raise InputError(f"{out} holds a run of other settings ({key}: {old.get(key)}, now {config[key]}); "
                              "give another --out, or --overwrite to replace it")
@@ -235,6 +237,9 @@ def pick_device(name: str) -> torch.device:
                          "use --device auto, or install the build of PyTorch for it")
     if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine; give torchrun "
+                             f"--nproc_per_node={torch.cuda.device_count()} or less")
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
@@ -310,7 +315,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "tokenizers", "numpy")
+    packages = ("torch", "pillow", "tokenizers", "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
@@ -379,6 +384,11 @@ class Run:
         x, y = (images, texts) if self.config["main"] == "vision" else (texts, images)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return *(network or self.model)(x, y), labels
+
+    def loss(self, batch: dict, network: torch.nn.Module | None = None) -> torch.Tensor:
+        """The task's loss and the weighted importance loss of a batch."""
+        logits, _, importance, labels = self.forward(batch, network)
+        return task_loss(logits, labels) + self.config["importance"] * importance
 
 
 def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype,
@@ -567,6 +577,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
 
     if args.predict:
+        config["compile"] = False  # not for a single pair
         return predict(Run(config, out, device, dtype, None, {}), state, *args.predict)
     if config["dataset"] == "shapes":
         torch.set_num_threads(1)  # its matrices are tiny: beside any other load, waiting for a second thread is slow
@@ -624,8 +635,7 @@ def train(run: Run, state: dict | None) -> None:
 
     # All that training changes beside weights, optimizer and scaler. Random numbers need no state: data and
     # router noise are functions of the seed, the epoch or step, and the sample or process.
-    at = dict(epoch=0, step=0, losses=[], best=-1.0, best_epoch=0, validation={}, damaged=[], damaged_validation=[],
-              seconds=0.0, images=0, log=[])
+    at = dict(epoch=0, step=0, losses=[], damaged=[], damaged_validation=[], seconds=0.0, log=[])
     if state:
         if state.get("samples", samples) != samples:
             raise InputError(f"{config['data_dir']}: {samples:,} training samples, but {out} began with "
@@ -691,20 +701,18 @@ def train(run: Run, state: dict | None) -> None:
                 for micro in range(accumulate):
                     batch = next(micro_batches)
                     at["damaged"] += batch["damaged"]
+                    if batch["damaged"] and WORLD == 1:  # several processes compare theirs after the epoch
+                        at["damaged"] = gather_damaged(at["damaged"], loader.dataset)
                     synchronise = WORLD == 1 or micro == accumulate - 1
                     with nullcontext() if synchronise else network.no_sync():
-                        logits, _, importance, labels = run.forward(batch, network)
-                        part = (task_loss(logits.float(), labels) + config["importance"] * importance) / accumulate
+                        part = run.loss(batch, network) / accumulate
                         scaler.scale(part).backward()
                     loss += part.detach()
 
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
                 if not scaler.is_enabled():  # with a scaler, an infinite gradient is ordinary: it skips the step
-                    bad = ~torch.isfinite(norm)
-                    loss = loss.masked_fill(bad, math.nan)
-                    for p in trainable:
-                        p.grad.masked_fill_(bad, 0)
+                    loss = loss.masked_fill(~torch.isfinite(norm), math.nan)  # `look` stops; nothing is saved before
                 pending.append(loss)
 
                 last = at["step"] == steps - 1
@@ -713,7 +721,6 @@ def train(run: Run, state: dict | None) -> None:
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 at["step"] += 1
-                at["images"] += config["batch_size"]
                 if stop:
                     at["seconds"] += time.perf_counter() - began
                     raise Stopped(stop)
@@ -730,9 +737,8 @@ def train(run: Run, state: dict | None) -> None:
             say(f"epoch {at['epoch']}/{epochs}  train loss {train_loss:.4f}  validation {metric} "
                 f"{validation[metric]:.4f}  loss {validation['loss']:.4f}  "
                 + (f"experts used {min(experts):.1f}-{max(experts):.1f} of {config['experts']}  " if experts else "")
-                + f"{at['images'] / at['seconds']:.1f} images/s")
-            if validation[metric] > at["best"]:
-                at.update(best=validation[metric], best_epoch=at["epoch"], validation=validation)
+                + f"{at['epoch'] * steps * config['batch_size'] / at['seconds']:.1f} images/s")
+            if validation[metric] > max((line["validation"][metric] for line in at["log"][:-1]), default=-1):
                 save("best.pt")
             if RANK == 0:
                 write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
@@ -754,28 +760,32 @@ def finish(run: Run, at: dict) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png."""
     [best] = gather([load_checkpoint(run.out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
     run.model.load_trained_state(best["trained"])
+    epoch = best["at"]["log"][-1]
+    images = run.loaders["train"].batch_sampler.steps * run.config["batch_size"] * run.config["epochs"]
     test, rows = evaluate(run, "test")
     total, trained = count(run.model)
     results = dict(
         dataset=run.config["dataset"], seed=run.config["seed"], epochs=run.config["epochs"],
-        best_epoch=best["at"]["best_epoch"], test=test, validation=best["at"]["validation"],
+        best_epoch=epoch["epoch"], test=test, validation=epoch["validation"],
         trainable_parameters=trained, total_parameters=total, seconds=round(at["seconds"], 1),
-        images_per_second=round(at["images"] / at["seconds"], 1), peak_memory_gib=peak_memory(run.device),
+        images_per_second=round(images / at["seconds"], 1), peak_memory_gib=peak_memory(run.device),
         damaged_images=len({*at["damaged"], *at["damaged_validation"], *rows["damaged"]}), device=str(run.device),
         precision=run.config["precision"])
     if RANK > 0:
         return
     pairs = run.loaders["test"].dataset
     write_predictions(run.out / "predictions.csv", pairs, rows)
+    written = ["results.json", "predictions.csv"]
     if rows["routing"].numel():
         write(run.out / "routing.png", data.draw_routing(pairs, rows["routing"]))
+        written.append("routing.png")
     write(run.out / "results.json", json.dumps(results, indent=1))  # last: with it, the run is finished
     print_mistakes(test["by_class"], pairs.classes, rows)
     scores = "  ".join(f"{name} {test[name]:.4f}" for name in SCORES if name in test)
     if results["damaged_images"]:
         say(f"{results['damaged_images']} images could not be read: grey ones stood for them")
     say(f"test, with the weights of epoch {results['best_epoch']}: {scores} on {test['samples']:,} samples; "
-        f"results.json, predictions.csv and routing.png are in {run.out}")
+        f"{', '.join(written)} are in {run.out}")
 
 
 SCORES = ("accuracy", "f1_micro", "f1_macro")
@@ -824,6 +834,10 @@ def print_mistakes(by_class: dict[str, float], classes: list[str], rows: dict, c
 def predict(run: Run, state: dict, image: str, text: str) -> None:
     """Print the five most probable classes of one pair, and the experts that its routing used."""
     try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text!a} is not UTF-8; give the text in that encoding") from None
+    try:
         drawn = run.config["dataset"] == "shapes"  # its pictures are never cropped
         pixels = data.decode(np.array(Image.open(image).convert("RGB")) if drawn else image, run.config["image_size"])
     except Exception as error:  # Pillow's are of many types
@@ -853,7 +867,7 @@ def summarize(folders: list[Path]) -> str:
     rows = defaultdict(list)
     for folder in folders:
         config, results = (read_run(folder, name) for name in ("config.json", "results.json"))
-        config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed", "precision")}
+        config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed")}
         rows[json.dumps(config)].append(results)
 
     configs = [json.loads(key) for key in rows]
@@ -899,11 +913,11 @@ def benchmark(run: Run, repeats: int = 10) -> None:
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=run.device.type in ("cpu", "cuda"))
+    synchronize = getattr(torch, run.device.type).synchronize
     a, b = torch.randn(2, PRODUCT, PRODUCT, device=run.device).to(run.dtype)
 
     def step() -> None:
-        logits, _, importance, labels = run.forward(batch)
-        (task_loss(logits.float(), labels) + config["importance"] * importance).backward()
+        run.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -914,20 +928,20 @@ def benchmark(run: Run, repeats: int = 10) -> None:
         for name, do in work.items():
             model.train(name == "training step")
             with torch.set_grad_enabled(name == "training step"):
-                synchronize(run.device)
+                synchronize()
                 began = time.perf_counter()
                 do()
-                synchronize(run.device)
+                synchronize()
                 seconds[name] += [time.perf_counter() - began] if i > 1 else []
 
     # What the step multiplies, as PyTorch counts it (a CPU's fused attention it would miss), on two samples for all.
     part = {name: values[:2] for name, values in batch.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits, _, importance, labels = run.forward(part, model.forward)  # not compiled
+        loss = run.loss(part, model.forward)  # not compiled
         flops = {"evaluation": counter.get_total_flops()}
-        (task_loss(logits.float(), labels) + config["importance"] * importance).backward()
+        loss.backward()
         flops["training step"] = counter.get_total_flops()
-    flops = {name: value * len(batch["labels"]) // len(labels) for name, value in flops.items()}
+    flops = {name: value * len(batch["labels"]) // len(part["labels"]) for name, value in flops.items()}
     flops["large product"] = 2 * PRODUCT ** 3
     rate = {name: flops[name] / statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
@@ -937,11 +951,6 @@ def benchmark(run: Run, repeats: int = 10) -> None:
                if name != "large product" else f"  ({PRODUCT} squared, {config['precision']})"))
     say(f"batch {len(batch['labels'])}, {batch['texts'].shape[1]} tokens of text, {run.device}, peak memory "
         f"{peak_memory(run.device)} GiB")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -959,10 +968,14 @@ def cli() -> None:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if "DataLoader worker" in str(error):  # killed, as a rule for want of memory shared between processes
+            message = f"{error}; give a lower --workers, 0 for none; an interrupted run goes on with --resume"
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            message = ("out of memory; give a lower --batch-size, --text-length or --image-size, or a higher "
+                       "--accumulate, which makes a training step of smaller parts, and with which a run can go on: "
+                       "--resume")
+        else:
             raise
-        message = ("out of memory; give a lower --batch-size, --text-length or --image-size, or a higher --accumulate, "
-                   "which makes a training step of smaller parts, and with which a run can go on: --resume")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise
