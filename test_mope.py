@@ -1386,12 +1386,13 @@ def test_readme_recipe_prompts_a_foreign_encoder():
 
 
 def test_readme_commands_parse():
-    """Every `python train.py FLAGS`, and every `run NAME FLAGS` of the sweeps; a shell variable counts as 1."""
+    """Every `python train.py FLAGS`, and every `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, in which a shell
+    variable counts as 1."""
     parsed = 0
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S):
-        for command in re.split(r";|&&|\n|\bdo\b", block.replace("\\\n", " ")):
-            words_ = shlex.split(command, comments=True)
-            start = words_.index("train.py") + 1 if "train.py" in words_ else 2 if words_[:1] == ["run"] else None
+        for command in re.split(r";|&&|\n|\bdo\b", block.replace("\\\n", " ").replace("$task", "grocery")):
+            words_ = shlex.split(command, comments=True) or [""]
+            start = words_.index("train.py") + 1 if "train.py" in words_ else {"run": 2, "on": 3}.get(words_[0])
             if start is not None:
                 train.parse(["1" if "$" in word else word for word in words_[start:] if word != "$@"])
                 parsed += 1
