@@ -1386,7 +1386,7 @@ def test_readme_recipe_prompts_a_foreign_encoder():
 
 
 def test_readme_commands_parse():
-    """Every `python train.py FLAGS`, and every `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, in which a shell
+    """Every `python train.py FLAGS`, and the `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, where a shell
     variable counts as 1."""
     parsed = 0
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S):
