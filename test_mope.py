@@ -1083,6 +1083,8 @@ def test_run_writes_its_files_and_learns():
         done = run(["--predict", photo, "a photo", "--checkpoint", f"{out}/best.pt"])
         assert done.returncode == 0 and re.search(r"^[01]\.\d+  red$", done.stdout, re.M), done.stderr
         assert "busiest expert" in done.stdout
+        with mock.patch("train.MoPE.compile", side_effect=AssertionError("a single pair is not worth it")):
+            train.main(["--predict", photo, "a photo", "--checkpoint", f"{out}/best.pt", "--compile"])
         refused(lambda: train.main(["--predict", __file__, "x", "--checkpoint", f"{out}/best.pt"]), "not an image")
         refused(lambda: train.main(["--predict", photo, "caf\udce9", "--checkpoint", f"{out}/best.pt"]), "not UTF-8")
 
@@ -1282,10 +1284,25 @@ def test_methods_are_sizes():
             assert alone["main"] == main and alone["head"] == "main" and not alone["experts"] and not alone["mapped"]
 
 
+def test_a_run_on_shapes_knows_its_encoders():
+    with folder() as root:
+        argv = ["--out", str(root)]
+        own = {part: f"{root}/shapes-encoders-0/{file}" for part, file in (("vision", "vit.pth"), ("text", "bert"))}
+        for encoders, refusal in ((own, ""), ({**own, "vision": "my/vit.pth"}, "vision: my/vit.pth, now None")):
+            stored = {**train.defaults("shapes", "mope"), **encoders}
+            (root / "config.json").write_text(json.dumps({"config": stored}))
+            if refusal:
+                refused(lambda: train.resolve(train.parse(argv)), refusal)
+            else:
+                assert train.resolve(train.parse(argv))[2] == root
+
+
 def test_every_method_trains():
     with folder() as root:
         for method in ("mapped", "late-concat", "finetune", "text-only"):
-            train.main(arguments(root, "--method", method, "--out", f"{root}/{method}", "--epochs", "1"))
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                train.main(arguments(root, "--method", method, "--out", f"{root}/{method}", "--epochs", "1"))
+            assert f"results.json, predictions.csv are in {root}/{method}" in said.getvalue(), "without routing.png"
             results = json.loads((root / method / "results.json").read_text())
             everything = results["trainable_parameters"] == results["total_parameters"]
             assert everything == (method == "finetune")
@@ -1329,6 +1346,9 @@ def test_command_line_errors_are_one_message():
         argv = arguments(root)
         if not torch.cuda.is_available():
             refused(lambda: train.main([*argv, "--device", "cuda"]), "--device cuda", "--device auto")
+        with mock.patch("torch.cuda.is_available", return_value=True), mock.patch(
+                "torch.cuda.device_count", return_value=2), mock.patch.dict(os.environ, LOCAL_RANK="2"):
+            refused(lambda: train.pick_device("cuda"), "2 GPUs", "--nproc_per_node=2")
         missing = [*argv, "--data-dir", f"{root}/nothing"]
         with mock.patch("train.build", side_effect=AssertionError("data come first")):
             refused(lambda: train.main(missing), "nothing", "Expected", "python train.py")
