@@ -304,7 +304,7 @@ class ConditionalPrompts(nn.Module):
             prompts.append(self.static.unsqueeze(1).expand(-1, psi.shape[0], -1, -1))  # [L, B, l, D]
         if self.experts is not None:
             mix, routing = self.route(psi)
-            # P_d,i = sum_j r_i,j E_i,j: a dense mixture, every expert weighted
+            # P_d,i = sum_j r_i,j E_i,j, where E_i,j [l, D] is expert j: a dense mixture, every expert weighted
             prompts.append(torch.einsum("BLk,LklD->LBlD", mix, self.experts))
         if self.mapper is not None:
             prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))  # [L, B, 1, D]
