@@ -960,7 +960,8 @@ def cli() -> None:
     """main(), with everything that is not a bug of ours told in a sentence."""
     code, message = 1, ""
     try:
-        return main()
+        main()
+        code = 0
     except InputError as error:
         code, message = 2, str(error)
     except Stopped as stopped:
@@ -986,6 +987,9 @@ def cli() -> None:
             dist.destroy_process_group()
     if message:
         print(f"error: {message}", file=sys.stderr)
+    if WORLD > 1:  # all is written; while Python shuts down, a thread that gloo left behind can abort the process
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
