@@ -1,12 +1,17 @@
 """The data sets, read in the layouts that they are released in, and the loader that makes batches of them.
 
-A data set class yields the samples of each split; `Pairs` is one split; `loader` makes batches. What is random
-in training (order, crops, drawn texts) is a function of (seed, epoch, sample) alone: neither the number of
-workers nor a resumed run changes it.
+A layout reads the samples of each split; `Pairs` is one split; `plan` says which samples make which batch, and `loader`
+makes them. What is random in training (order, crops, texts) is a function of (seed, epoch, sample) alone: neither the
+number of workers nor a resumed run changes it.
+
+Contents: layouts of the data sets - the toy - splits - images - batches - tokenizer - a picture of the routing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import html
 import json
 import os
@@ -14,188 +19,117 @@ import re
 import signal
 import textwrap
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mope import InputError
+from mope import BERT, InputError, regular_file
 
 GREY = (124, 116, 104)  # stands for an image that is missing or damaged: ImageNet's mean colour
-MAX_BAD = 0.01  # share of a split's images that may be missing or damaged
-FONT = ImageFont.load_default  # Pillow's own, called with a size
+MAX_BAD, BAD_IN_ANY_CASE = 0.01, 3  # a split's images that may be missing or damaged: this share, or this many
 HELD_OUT = 0.1  # share of training that becomes validation where a data set has none
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # Pillow runs a program for EPS
 
 
 class Sample(NamedTuple):
     id: str
     image: Path | np.ndarray  # a file, or pixels [S, S, 3] uint8
     text: str
-    label: object  # a class name, a list of them, or what the data set's `draw` makes one of
+    label: object  # a class name, a list of them, None if nobody knows it, or what `pick_text` makes one of
 
 
 # ---------------------------------------------------------------------------------------------------------
-# One split
-
-
-class Pairs(Dataset):
-    """One split of a data set: samples, classes, and the notes on defects that loading found."""
-
-    def __init__(self, source: Layout, split: str, samples: list[Sample], classes: list[str], seed: int):
-        self.source, self.split, self.samples, self.classes, self.seed = source, split, samples, classes, seed
-        self.index = {name: i for i, name in enumerate(classes)}
-        self.multilabel = isinstance(samples[0].label, list)
-        self.train = split == "train"
-        self.notes: list[str] = source.notes[split]
-        self.image_size = 224  # set by `loader`
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def sample(self, i: int, epoch: int = 0) -> Sample:
-        """Sample i; where texts are drawn, anew in each training epoch, and always alike in evaluation."""
-        return self.source.draw(self.samples[i], self.rng(i, epoch))
-
-    def lengths(self, epoch: int) -> np.ndarray:
-        """Of the texts, in steps of 64 characters, some 16 word pieces."""
-        drawn = (self.sample(i, epoch) for i in range(len(self))) if self.source.draws else self.samples
-        return np.array([len(sample.text) // 64 for sample in drawn])
-
-    def rng(self, i: int, epoch: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, epoch, i] if self.train else [0, i])
-
-    def target(self, label: str | list[str]) -> int | np.ndarray:
-        """A class name -> its number; a list of them -> [C] of zeros and ones."""
-        if not self.multilabel:
-            return self.index[label]
-        target = np.zeros(len(self.classes), np.float32)
-        target[[self.index[name] for name in label]] = 1
-        return target
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple:
-        """(epoch, i) -> i, image [3, S, S] uint8, text, target, and the file's name if it could not be read."""
-        epoch, i = key
-        rng = self.rng(i, epoch)
-        sample = self.source.draw(self.samples[i], rng)
-        try:
-            image, damaged = decode(sample.image, self.image_size, rng if self.train else None, self.source.flip), ""
-        except MemoryError:
-            raise
-        except Exception:  # Pillow raises many types for damaged files; what is damaged is counted and limited
-            grey = np.full((self.image_size, self.image_size, 3), GREY, np.uint8)
-            image, damaged = torch.from_numpy(grey).permute(2, 0, 1), str(sample.image)
-        return i, image, sample.text, self.target(sample.label), damaged
-
-
-def check_damaged(damaged: list[str], samples: list[Sample], split: str) -> None:
-    """Raise InputError if more than 1 % of the images that a split names are missing or damaged."""
-    count = len({str(sample.image) for sample in samples}) if damaged else 0
-    if len(damaged) > MAX_BAD * count:
-        listed = "\n  ".join(damaged[:10])
-        raise InputError(f"{len(damaged)} of {count:,} images of {split} are missing or cannot be read, more than "
-                         f"{MAX_BAD:.0%}; download them again or take their rows out. The first:\n  {listed}")
-
-
-def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator | None = None,
-           flip: bool = False) -> torch.Tensor:
-    """An image -> upright RGB [3, size, size] uint8.
-
-    Without rng, the short side is resized to size * 256 / 224 and the centre is cut out; with it, a crop of 60 to
-    100 % of the area and of an aspect between 3:4 and 4:3 is drawn (we: mild), as far as the image is long and high
-    enough, and mirrored half of the time if `flip`.
-    Raises what Pillow raises for a damaged file.
-    """
-    if isinstance(source, np.ndarray):
-        return resize(source, size)
-    with Image.open(source) as image:
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; `draft` picks the smallest that is
-        # still as large as asked (the shortest crop below is 0.67 of a side), so that nothing has to be enlarged.
-        image.draft("RGB", (round(size * 256 / 224),) * 2 if rng is None else (round(1.5 * size),) * 2)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no known range")
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-        if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        image.load()
-
-    width, height = image.size
-    mirrored = False
-    if rng is None:
-        w = h = min(width, height) * 224 / 256
-        left, top = (width - w) / 2, (height - h) / 2
-    else:
-        area, aspect = rng.uniform(0.6, 1) * width * height, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
-        w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
-        left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-        mirrored = flip and rng.random() < 0.5
-    left, top = round(left), round(top)
-    pixels = resize(np.array(image.crop((left, top, left + max(1, round(w)), top + max(1, round(h))))), size)
-    return pixels.flip(-1) if mirrored else pixels
-
-
-def resize(pixels: np.ndarray, size: int) -> torch.Tensor:
-    """[h, w, 3] uint8 -> [3, size, size] uint8, as Pillow's bicubic filter does it, in less than half the time."""
-    x = torch.from_numpy(pixels).permute(2, 0, 1)
-    if x.shape[1:] == (size, size):
-        return x
-    return F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Layouts: one class each. `read(split)` yields samples and notes the defects that it meets.
+# Layouts: one class for each data set
 
 
 class Layout:
-    """What the data sets share. A subclass says what its folder looks like and reads it."""
+    """What the layouts share. A subclass says what its folder looks like, and reads it. To add one of your own:
 
-    tree = ""  # the expected tree and where to get it, for the error message
+        class Memes(Layout):
+            tree = "{train,val,test}.tsv: image, text and label in each line; img/"
+
+            def parse(self, line, split, where):
+                image, text, label = line.split("\\t")
+                return Sample(where, self.folder / "img" / image, text, label)
+
+            def file(self, split):
+                return self.require(self.folder / f"{split}.tsv")
+
+    Then name it in DATASETS, and its defaults in DEFAULTS of train.py.
+    """
+
+    tree = ""  # the expected tree and where to get it, for error messages
     flip = True  # may a training image be mirrored?
     classes: list[str] | None = None  # None: those of the training split, sorted
-    draws = False  # does `draw` make another text in each epoch?
-    has_kinds = False  # do ids start with the kind of a question, "color by shape-17"?
+    texts_vary = False  # does `pick_text` give a sample another text in each epoch?
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.notes: dict[str, list[str]] = defaultdict(list)
+        self.noted: dict[str, Counter] = defaultdict(Counter)  # by split: how often something was met and mended
 
-    def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def file(self, split: str) -> Path:
+        """Return the file that holds one sample a line."""
+        raise NotImplementedError
+
+    def parse(self, line: str, split: str, where: str) -> Sample | None:
+        """Turn a line of that file into a sample, or None to drop it; any exception makes an error message."""
+        raise NotImplementedError
+
+    def pick_text(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return the sample with a text (and the label that follows from it), where texts vary."""
         return sample
 
+    def kind(self, sample: Sample) -> str:
+        """Return the kind of a sample, for the picture of the routing; "" if there are no kinds."""
+        return ""
+
+    def has_validation(self) -> bool:
+        return True
+
     def require(self, *paths: Path) -> Path:
-        """The first of the paths that exists, or an error that says what the folder should look like."""
+        """Return the first of the paths that exists, or raise an error that says what the folder should look like."""
         for path in paths:
             if path.exists():
                 return path
         raise InputError(f"no {' or '.join(map(str, paths))}\nExpected in {self.folder}:\n{self.tree.rstrip()}\n"
                          "Give the folder with --data-dir. `python train.py` alone needs no data.")
 
-    def load_split(self, split: str) -> list[Sample]:
-        """All samples of a split; images that do not exist are noted, and left out of training."""
+    def read(self, split: str) -> Iterator[Sample]:
+        """Yield the samples of a split."""
+        for where, line in numbered_lines(self.file(split)):
+            with self.explained(where, line):
+                sample = self.parse(line, split, where)
+                if sample is None:
+                    continue
+                sample = checked(sample, split)
+            self.noted[split]["rows without a label: they get a prediction and no score"] += sample.label is None
+            yield sample
+
+    @contextlib.contextmanager
+    def explained(self, where: str | Path, found: str):
+        """Turn whatever goes wrong with a file from outside into one message that names it."""
         try:
-            samples = list(self.read(split))
-            for s in samples:  # half a surrogate pair, as JSON can hold, would stop the tokenizer or a file later
-                "".join((s.id, s.text, *names_of(s.label))).encode()
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.folder}: the {split} split cannot be read ({error!r}); expected:\n"
-                             f"{self.tree.strip()}") from error
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{where}: {type(error).__name__}: {str(error)[:80]}; found {found[:60]!a}; expected:\n"
+                             f"{self.tree.strip()}") from None
+
+    def load_split(self, split: str) -> list[Sample]:
+        """Return all samples of a split. Images that do not exist are noted, and left out of training."""
+        samples = list(self.read(split))
         images = {s.image for s in samples if isinstance(s.image, Path)}
-        missing = sorted(str(image) for image in images if not os.path.exists(image))
+        missing = sorted(str(image) for image in images if not image.is_file())
         if missing:
-            what = "left out" if split == "train" else "kept with a grey image"
-            self.notes[split].append(f"{len(missing)} images do not exist: {what}, for instance {missing[0]}")
+            what = "left out of training" if split == "train" else "kept with a grey image"
+            self.noted[split][f"images do not exist: {what}, for instance {missing[0]}"] = len(missing)
         if not samples:
             raise InputError(f"{self.folder}: the {split} split is empty")
         check_damaged(missing, samples, split)
@@ -203,13 +137,29 @@ class Layout:
         return [s for s in samples if str(s.image) not in gone] if gone else samples
 
 
+def checked(sample: Sample, split: str) -> Sample:
+    """Return the sample with whole numbers as labels read as names; raise for texts and labels of other types."""
+    names = [str(name) if type(name) is int else name for name in names_of(sample.label)]
+    if not isinstance(sample.text, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError("text and label must be strings")
+    if sample.label is None and split != "test":
+        raise ValueError(f"no label, which the {split} split needs")
+    # JSON can hold half of a surrogate pair, which would stop the tokenizer or a file later.
+    "".join((sample.id, str(sample.image), sample.text, *names)).encode()
+    return sample._replace(label=names if isinstance(sample.label, list) else names[0] if names else None)
+
+
+def names_of(label: object) -> list:
+    return label if isinstance(label, list) else [] if label is None else [label]
+
+
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:line", line) of every line that is not blank, of a UTF-8 file with or without a byte order mark."""
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    """Yield ("file:line", line) for every line that is not blank, of a UTF-8 file with or without byte order mark."""
+    for number, raw in enumerate(regular_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
             line = raw.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8 ({error}); convert the file to UTF-8") from None
+            raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
         if line:
             yield f"{path}:{number}", line
 
@@ -222,27 +172,17 @@ class JsonLines(Layout):
     one object a line: {"image": "path, relative to this folder", "text": "...", "label": "name"}
     ("img" for "image" works; a list of names as label makes it a multi-label task)"""
 
-    def objects(self, path: Path) -> Iterator[tuple[str, dict]]:
-        """("file:line", object) of a file of JSON objects, one a line."""
-        for where, line in numbered_lines(path):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: expected a JSON object, found {line[:60]!r}")
-            yield where, row
+    def has_validation(self) -> bool:
+        return any((self.folder / f"{name}.jsonl").exists() for name in ("val", "dev"))
 
-    def read(self, split: str) -> Iterator[Sample]:
+    def file(self, split: str) -> Path:
         names = ("val", "dev") if split == "val" else (split,)
-        path = self.require(*(self.folder / f"{name}.jsonl" for name in names))
-        for where, row in self.objects(path):
-            image, text, label = row.get("image", row.get("img")), row.get("text"), row.get("label")
-            several = isinstance(label, list) and all(isinstance(name, str) for name in label)
-            if not isinstance(image, str) or not isinstance(text, str) or not (several or isinstance(label, str)):
-                raise InputError(f"{where}: expected strings \"image\" and \"text\", and a \"label\" that is a string "
-                                 f"or a list of strings; found {json.dumps(row)[:200]}")
-            yield Sample(str(row.get("id", where)), self.folder / image, text, label)
+        return self.require(*(self.folder / f"{name}.jsonl" for name in names))
+
+    def parse(self, line: str, split: str, where: str) -> Sample | None:
+        row = json.loads(line)
+        image = self.folder / (row["image"] if "image" in row else row["img"])
+        return Sample(str(row.get("id", Path(where).name)), image, row["text"], row.get("label"))
 
 
 class Food101(JsonLines):
@@ -251,27 +191,26 @@ class Food101(JsonLines):
     tree = """
     images/{train,test}/<class>/<class>_<n>.jpg
     texts/{train,test}_titles.csv      (or a prepared copy: {train,val,test}.jsonl)
-    from https://www.kaggle.com/datasets/gianmarco96/upmcfood101, for instance by
+    from https://www.kaggle.com/datasets/gianmarco96/upmcfood101 (8.3 GB), for instance by
     curl -L -o food101.zip https://www.kaggle.com/api/v1/datasets/download/gianmarco96/upmcfood101"""
 
-    def read(self, split: str) -> Iterator[Sample]:
+    def file(self, split: str) -> Path:
         if (self.folder / f"{split}.jsonl").exists() or split == "val":
-            yield from super().read(split)
-            return
-        images = self.require(self.folder / "images" / split)
-        path = self.require(self.folder / "texts" / f"{split}_titles.csv")
-        mended = 0
+            return super().file(split)
+        self.require(self.folder / "images" / split)
+        return self.require(self.folder / "texts" / f"{split}_titles.csv")
+
+    def parse(self, line: str, split: str, where: str) -> Sample | None:
+        if line.startswith("{"):
+            return super().parse(line, split, where)
         # No csv reader: train_titles.csv has a quote that never closes, which would swallow 16 rows in silence.
-        for where, line in numbered_lines(path):
-            name, _, rest = line.partition(",")
-            title, comma, label = rest.rpartition(",")
-            if not comma:
-                raise InputError(f"{where}: expected image,title,class; found {line[:80]!r}")
-            if name.endswith(".txt"):
-                name, mended = name.removesuffix(".txt") + ".jpg", mended + 1
-            yield Sample(name, images / label / name, clean_title(title), label)
-        if mended:
-            self.notes[split].append(f"{mended} rows name a .txt for their .jpg: mended")
+        name, _, rest = line.partition(",")
+        title, comma, label = rest.rpartition(",")
+        if not comma:
+            raise ValueError("no image,title,class")
+        self.noted[split]["rows name a .txt for their .jpg: mended"] += name.endswith(".txt")
+        name = name.removesuffix(".txt").removesuffix(".jpg") + ".jpg"
+        return Sample(name, self.folder / "images" / split / label / name, clean_title(title), label)
 
 
 def clean_title(title: str) -> str:
@@ -285,35 +224,41 @@ class MMIMDb(JsonLines):
     """MM-IMDb: poster and plot, the 23 most frequent genres, several a film."""
 
     tree = """
-    split.json, dataset/<id>.json, dataset/<id>.jpeg      (or a prepared copy: {train,dev,test}.jsonl)
+    split.json, dataset/<id>.json (with lists "plot" and "genres"), dataset/<id>.jpeg
+    (or a prepared copy: {train,dev,test}.jsonl)
     from https://archive.org/download/mmimdb/mmimdb.tar.gz (8 GB)"""
     classes = (
         "Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
         "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
 
+    def has_validation(self) -> bool:
+        return True
+
     def read(self, split: str) -> Iterator[Sample]:
-        prepared = (self.folder / "train.jsonl").exists()
-        dropped, without = Counter(), 0
+        prepared = (self.folder / "train.jsonl").exists() or (self.folder / "test.jsonl").exists()
         for sample in super().read(split) if prepared else self.films(split):
             genres = [genre for genre in names_of(sample.label) if genre in self.classes]
-            dropped.update(set(names_of(sample.label)) - set(genres))
-            without += not genres
-            if genres:
-                yield sample._replace(label=genres)
-        if dropped:
-            counts = ", ".join(f"{name} {n}" for name, n in dropped.most_common())
-            self.notes[split].append(f"other genres than the 23 ignored: {counts}; {without} films without one dropped")
+            for other in set(names_of(sample.label)) - set(genres):
+                self.noted[split][f"times the genre {other}, which is none of the 23: ignored"] += 1
+            if genres or sample.label is None:
+                yield sample._replace(label=genres or None)
+            else:
+                self.noted[split]["films without any of the 23 genres: dropped"] += 1
 
     def films(self, split: str) -> Iterator[Sample]:
-        split_file = self.require(self.folder / "split.json")
-        for name in json.loads(split_file.read_text("utf-8"))["dev" if split == "val" else split]:
+        path = self.require(self.folder / "split.json")
+        with self.explained(path, "no list of ids for this split"):
+            names = list(json.loads(regular_file(path).read_text("utf-8"))["dev" if split == "val" else split])
+        for name in names:
             path = self.require(self.folder / "dataset" / f"{name}.json")
-            film = json.loads(path.read_text("utf-8"))
-            plots = film.get("plot") if isinstance(film, dict) else None
-            if not isinstance(plots, list) or not plots or "genres" not in film:
-                raise InputError(f"{path}: expected a list \"plot\" and \"genres\"; found {str(film)[:200]}")
-            plot = max(plots, key=len)  # max keeps the first of several that are equally long
-            yield Sample(name, path.with_suffix(".jpeg"), plot, film["genres"])
+            content = regular_file(path).read_text("utf-8", errors="replace")
+            with self.explained(path, content):
+                film = json.loads(content)
+                plots, genres = film["plot"], film["genres"]
+                if not isinstance(plots, list) or not isinstance(genres, list):
+                    raise TypeError("expected a list")
+                sample = checked(Sample(str(name), path.with_suffix(".jpeg"), max(plots, key=len), genres), split)
+            yield sample
 
 
 class SnliVE(JsonLines):
@@ -326,81 +271,91 @@ class SnliVE(JsonLines):
     flip = False  # "the man on the left"
     classes = ["entailment", "neutral", "contradiction"]
 
-    def read(self, split: str) -> Iterator[Sample]:
-        path = self.require(self.folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl")
-        images = self.require(self.folder / "flickr30k_images")
-        unlabelled = 0
-        for where, row in self.objects(path):
-            photo = row.get("Flickr30K_ID", row.get("Flikr30kID"))  # older files spell it without the c
-            label, hypothesis = row.get("gold_label"), row.get("sentence2")
-            if photo is None or not isinstance(label, str) or not isinstance(hypothesis, str):
-                raise InputError(f"{where}: expected Flickr30K_ID and strings sentence2 and gold_label; found "
-                                 f"{json.dumps(row)[:200]}")
-            if label == "-":  # the annotators did not agree
-                unlabelled += 1
-                continue
-            name = str(photo).removesuffix(".jpg") + ".jpg"
-            yield Sample(str(row.get("pairID", where)), images / name, hypothesis, label)
-        if unlabelled:
-            self.notes[split].append(f"{unlabelled} pairs without an agreed label (-) dropped")
+    def has_validation(self) -> bool:
+        return True
+
+    def file(self, split: str) -> Path:
+        self.require(self.folder / "flickr30k_images")
+        return self.require(self.folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl")
+
+    def parse(self, line: str, split: str, where: str) -> Sample | None:
+        row = json.loads(line)
+        if row["gold_label"] == "-":
+            self.noted[split]["pairs on whose label the annotators did not agree (-): dropped"] += 1
+            return None
+        photo = row["Flickr30K_ID"] if "Flickr30K_ID" in row else row["Flikr30kID"]  # older files spell it without the c
+        name = str(photo).removesuffix(".jpg") + ".jpg"
+        return Sample(str(row.get("pairID", Path(where).name)), self.folder / "flickr30k_images" / name,
+                      row["sentence2"], row["gold_label"])
 
 
 class Grocery(Layout):
-    """Grocery Store Dataset, a task of ours: a photograph, and one sentence about some product of the same group
+    """Grocery Store Dataset, a task of our own: a photograph, and one sentence about some product of the same group,
     -> which of the 81 products. The text narrows it down to the group, the photograph alone leaves look-alikes."""
 
     tree = """
-    dataset/classes.csv, dataset/{train,val,test}.txt, the photographs and descriptions that they name
+    dataset/classes.csv (numbered from 0), dataset/{train,val,test}.txt (path,product,group a line),
+    the photographs and descriptions that they name
     from git clone https://github.com/marcusklasson/GroceryStoreDataset"""
-    draws = True
+    texts_vary = True
     repeat = 1  # pairs a photograph
 
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.root = folder / "dataset" if (folder / "dataset").is_dir() else folder
+        self.description: dict[str, list[str]] = {}  # of each product, its sentences
+        self.group: dict[str, list[str]] = {}  # of each product, all products of its group
+
     def read(self, split: str) -> Iterator[Sample]:
-        root = self.folder / "dataset" if (self.folder / "dataset").is_dir() else self.folder
-        if not hasattr(self, "group"):
-            self.read_classes(self.require(root / "classes.csv"), root)
-        for _, line in numbered_lines(self.require(root / f"{split}.txt")):
-            path, product, _ = (field.strip() for field in line.split(","))
+        if not self.group:
+            self.read_classes(self.require(self.root / "classes.csv"))
+        products = list(self.group)
+        for where, line in numbered_lines(self.require(self.root / f"{split}.txt")):
+            with self.explained(where, line):
+                path, number, _ = (part.strip() for part in line.split(","))
+                label = products[range(len(products)).index(int(number))]  # no negative numbers
+                sample = checked(Sample(path, self.root / path, "", label), split)
             for copy in range(self.repeat):
-                yield Sample(f"{path}#{copy}" if copy else path, root / path, "", self.products[int(product)])
+                yield sample._replace(id=f"{path}#{copy}" if copy else path)
 
-    def read_classes(self, path: Path, root: Path) -> None:
-        """classes.csv -> products by number; of each, the sentences of its description, and its group's products."""
-        self.description: dict[str, list[str]] = {}
-        self.group: dict[str, list[str]] = {}
+    def read_classes(self, path: Path) -> None:
         groups = defaultdict(list)
-        for _, line in list(numbered_lines(path))[1:]:
-            product, _, group, _, _, file = line.split(",")
-            text = self.require(root / file.strip().lstrip("/")).read_text("utf-8")
-            self.description[product] = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
-            groups[group].append(product)
-            self.group[product] = groups[group]
-        self.products = list(self.group)
-        self.classes = self.classes or self.products
+        for where, line in list(numbered_lines(path))[1:]:
+            with self.explained(where, line):
+                product, number, group, _, _, file = line.split(",")
+                if int(number) != len(self.group) or product in self.group:
+                    raise ValueError(f"product {product!r} has number {number}; expected {len(self.group)}, once")
+                text = regular_file(self.require(self.root / file.strip().lstrip("/"))).read_text("utf-8")
+                self.description[product] = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
+                groups[group].append(product)
+                self.group[product] = groups[group]
+        self.classes = self.classes or list(self.group)
 
-    def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def pick_text(self, sample: Sample, rng: np.random.Generator) -> Sample:
         product = rng.choice(self.group[sample.label])
         return sample._replace(text=rng.choice(self.description[product]))
 
 
 class GroceryVE(Grocery):
-    """The same photographs as an entailment task of ours, two pairs a photograph: the first two sentences of the
-    description of this product, of another of its group (neutral), or of another group (contradiction)."""
+    """The same photographs as an entailment task, two pairs a photograph: the first two sentences of the description
+    of this product, of another of its group (neutral), or of another group (contradiction)."""
 
     flip = False
     repeat = 2
     classes = SnliVE.classes
 
-    def draw(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        own, group = sample.label, self.group[sample.label]
-        candidates = {"entailment": [own], "neutral": [p for p in group if p != own],
-                      "contradiction": [p for p in self.products if p not in group]}
+    def pick_text(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        product, group = sample.label, self.group[sample.label]
+        candidates = {"entailment": [product], "neutral": [p for p in group if p != product],
+                      "contradiction": [p for p in self.group if p not in group]}
         label = rng.choice([name for name, products in candidates.items() if products])
         text = " ".join(self.description[rng.choice(candidates[label])][:2])
         return sample._replace(text=text, label=str(label))
 
 
+# ---------------------------------------------------------------------------------------------------------
 # The toy. An image has four quadrants, three of them with an object; no two objects share a shape or a colour.
+
 COLORS = {"red": (215, 45, 40), "green": (50, 165, 65), "blue": (50, 85, 215), "yellow": (235, 205, 45)}
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
@@ -410,9 +365,12 @@ QUESTIONS = {"color": ("what color is {} ?", "tell me the color of {}"),
 CALLS = {"color": "the {} thing", "shape": "the {}"}  # an object is called by what is not asked for
 
 
-def draw_shapes(n: int, rng: np.random.Generator, quadrant: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """-> images [n, S, S, 3] uint8 of side S = 2 * quadrant, and cells [n, 4, 3]: shape, color and place of what is
-    in each quadrant, as numbers from 1; shape and color are 0 where it is empty."""
+def make_shapes(n: int, rng: np.random.Generator, quadrant: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Return images [n, S, S, 3] uint8 of side S = 2 * quadrant, and cells [n, 4, 3].
+
+    Cells are shape, color and place of what is in each quadrant, as numbers from 1; shape and color are 0 where it is
+    empty.
+    """
     def different(high: int) -> np.ndarray:  # three different numbers below high for each image, [n, 3]
         return rng.random((n, high)).argsort(1)[:, :3]
 
@@ -421,7 +379,7 @@ def draw_shapes(n: int, rng: np.random.Generator, quadrant: int = 16) -> tuple[n
     kinds = np.stack([different(len(SHAPES)), different(len(COLORS))], -1) + 1  # [n, 3, 2]
     np.put_along_axis(cells[..., :2], different(4)[..., None], kinds, 1)
 
-    # A shape is an inequality on the offset (x, y) from its centre, in units of its radius. We draw 200 of each
+    # A shape is an inequality on the offset (x, y) from its centre, in units of its radius. We make 200 of each
     # shape with other centres and radii, once, and every object is one of them.
     centre, radius = rng.uniform(6, 10, (2, 200, 1, 1)), rng.uniform(4.5, 6.5, (200, 1, 1))
     grid = np.arange(quadrant) + 0.5
@@ -439,27 +397,29 @@ def draw_shapes(n: int, rng: np.random.Generator, quadrant: int = 16) -> tuple[n
 
 
 class Shapes(Layout):
-    """Generated: a picture of three coloured shapes, and a question about one of them -> the answer.
+    """Generated: a picture of three coloured shapes, and a question about one of them -> the answer, one of twelve.
 
-    Without the picture four answers are left, without the question nine.
+    The question alone leaves four answers. The picture alone leaves nine: three shapes, three colours, three places.
     """
 
     flip = False
-    has_kinds = True
     classes = [*COLORS, *SHAPES, *PLACES]
     sizes = {"train": 20_000, "val": 1_000, "test": 2_000}
 
     def read(self, split: str) -> Iterator[Sample]:
         rng = np.random.default_rng(list(self.sizes).index(split))
-        images, cells = draw_shapes(self.sizes[split], rng)
+        images, cells = make_shapes(self.sizes[split], rng)
         names = {"shape": SHAPES, "color": tuple(COLORS), "place": PLACES}
         for i, (image, objects) in enumerate(zip(images, cells)):
             there = dict(zip(names, rng.choice(objects[objects[:, 0] > 0])))
             by = rng.choice(["shape", "color"])
             asked = rng.choice([name for name in names if name != by])
-            call = CALLS[by].format(names[by][there[by] - 1])
-            text = QUESTIONS[asked][rng.integers(2)].format(call)
-            yield Sample(f"{asked} by {by}-{i}", image, text, names[asked][there[asked] - 1])
+            called = names[by][there[by] - 1]
+            text = QUESTIONS[asked][rng.integers(2)].format(CALLS[by].format(called))
+            yield Sample(f"{asked} of {called}-{i}", image, text, names[asked][there[asked] - 1])
+
+    def kind(self, sample: Sample) -> str:
+        return sample.id.rpartition("-")[0]
 
 
 DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery,
@@ -470,47 +430,63 @@ DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": S
 # Splits
 
 
-def load(dataset: str, folder: str | Path, train_size: float | None = None, seed: int = 0) -> dict[str, Pairs]:
-    """-> the splits "train", "val" and "test".
+def load(dataset: str, folder: str | Path, train_size: float | None = None, seed: int = 0,
+         test_for: tuple[list[str], bool] | None = None) -> dict[str, Pairs]:
+    """Return the splits "train", "val" and "test", or, to evaluate a trained model, "test" alone.
 
-    `train_size` (a count, or a fraction below 1) keeps a stratified part of train, drawn by `seed`; a validation
-    split that a data set lacks is held out of train, stratified, by a fixed seed. Raises InputError.
+    `train_size` (a count, or a fraction below 1) keeps a stratified part of train, drawn by `seed`; a validation split
+    that a data set lacks is held out of train, stratified, by a fixed seed. `test_for` are classes and multilabel of
+    the trained model. Raises InputError.
     """
     source = DATASETS[dataset](Path(folder))
     if source.tree and not source.folder.is_dir():
         source.require(source.folder)
-    splits = {}
-    has_val = not isinstance(source, JsonLines) or dataset in ("snli_ve", "mmimdb") or any(
-        (source.folder / f"{name}.jsonl").exists() for name in ("val", "dev"))
-    for split in ("train", "val", "test") if has_val else ("train", "test"):
-        splits[split] = source.load_split(split)
+    names = ["test"] if test_for else ["train", "val", "test"] if source.has_validation() else ["train", "test"]
+    splits = {name: source.load_split(name) for name in names}
+    if test_for:
+        classes, several = test_for
+    else:
+        classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
+        several = isinstance(splits["train"][0].label, list)
+        if len(classes) < (1 if several else 2):
+            raise InputError(f"{source.folder}: the training split has {len(classes)} classes ({classes}), which leaves "
+                             "nothing to learn; expected two or more, or one where a sample can have several labels")
 
-    classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
-    if not has_val:
+    if "val" not in names and not test_for:
         held_out = set(stratified(splits["train"], max(1, round(HELD_OUT * len(splits["train"]))), seed=0))
         splits["val"] = [s for i, s in enumerate(splits["train"]) if i in held_out]
         splits["train"] = [s for i, s in enumerate(splits["train"]) if i not in held_out]
         if not splits["train"]:
             raise InputError(f"{source.folder}: a single training sample, held out for validation; expected more")
-        source.notes["val"].append(f"held out of train: {HELD_OUT:.0%} of each label, by a fixed seed")
-    if train_size is not None:
+        source.noted["val"][f"samples held out of train: {HELD_OUT:.0%} of each label, by a fixed seed"] = len(held_out)
+    if train_size is not None and not test_for:
         splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
 
-    several, known = isinstance(splits["train"][0].label, list), {*classes, *getattr(source, "products", ())}
+    known = {*classes, *getattr(source, "group", ())}
     for split, samples in splits.items():
         for s in samples:
-            if not known.issuperset(names_of(s.label)) or isinstance(s.label, list) != several:
-                raise InputError(f"{source.folder}, {split}, {s.id}: label {s.label!r}; expected "
+            if s.label is not None and (isinstance(s.label, list) != several or not known.issuperset(names_of(s.label))):
+                raise InputError(f"{source.folder}, {split}, {s.id}: label {str(s.label)[:80]!r}; expected "
                                  f"{'a list' if several else 'one'} of the {len(classes)} classes of train")
-    return {split: Pairs(source, split, splits[split], classes, seed) for split in ("train", "val", "test")}
+    order = [name for name in ("train", "val", "test") if name in splits]
+    return {split: Pairs(source, split, splits[split], classes, several, seed) for split in order}
 
 
-def names_of(label: str | list[str]) -> list[str]:
-    return label if isinstance(label, list) else [label]
+def unlabelled(inputs: list[str], classes: list[str], several: bool) -> Pairs:
+    """Return rows to be scored: those of a .jsonl file with images relative to it, or the one pair (image, text)."""
+    source = JsonLines(Path(inputs[0]).parent)
+    if len(inputs) == 1:
+        source.tree = 'one object a line: {"image": "path, relative to this file", "text": "..."}'
+        source.file = lambda split: Path(inputs[0])
+        samples = [sample._replace(label=None) for sample in source.load_split("test")]
+    else:
+        with source.explained("the pair", inputs[1]):
+            samples = [checked(Sample(inputs[0], Path(inputs[0]), inputs[1], None), "test")]
+    return Pairs(source, "test", samples, classes, several, seed=0)
 
 
 def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
-    """Indices, in order, of a part that holds each label in the proportion of the whole.
+    """Return indices, in order, of a part that holds each label in the proportion of the whole.
 
     Every sample gets its rank within its label, shuffled, as a fraction; those with the smallest are taken.
     """
@@ -526,50 +502,307 @@ def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
     return sorted(i for _, i in order[:int(count)])
 
 
+class Pairs(Dataset):
+    """One split of a data set: samples, classes, and notes on what loading met and mended."""
+
+    def __init__(self, source: Layout, split: str, samples: list[Sample], classes: list[str], multilabel: bool,
+                 seed: int):
+        self.source, self.split, self.samples, self.classes = source, split, samples, classes
+        self.multilabel, self.seed, self.train = multilabel, seed, split == "train"
+        self.number = {name: i for i, name in enumerate(classes)}
+        self.notes = [f"{n} {what}" for what, n in source.noted[split].items() if n]
+        self.image_size = 224  # set by `loader`
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The number of samples, and a hash of their order, ids, texts, labels and files with their sizes."""
+        sizes, seen = {}, hashlib.sha256()
+        for i, (name, image, _, _) in enumerate(self.samples):
+            file = ""
+            if isinstance(image, Path):
+                if image not in sizes:
+                    sizes[image] = image.stat().st_size if image.is_file() else None
+                file = f"{image.name} {sizes[image]}"
+            seen.update(repr((name, file, *self.sample(i)[2:])).encode())
+        return f"{len(self)} samples, {seen.hexdigest()[:12]}"
+
+    def sample(self, i: int, epoch: int = 0) -> Sample:
+        """Return sample i; where texts vary, with another one in each training epoch, and always alike in evaluation."""
+        return self.source.pick_text(self.samples[i], self.rng(i, epoch))
+
+    def rng(self, i: int, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, i] if self.train else [0, i])
+
+    def steps(self, batch_size: int) -> int:
+        """Return the batches of an epoch, over all processes."""
+        steps = len(self) // batch_size if self.train else -(-len(self) // batch_size)
+        if not steps:
+            raise InputError(f"{len(self)} training samples do not fill a batch; give a --batch-size of "
+                             f"{len(self)} or less")
+        return steps
+
+    def text_lengths(self, epoch: int) -> np.ndarray:
+        """Return the lengths of all texts, in steps of 64 characters (some 16 word pieces)."""
+        samples = (self.sample(i, epoch) for i in range(len(self))) if self.source.texts_vary else self.samples
+        return np.array([len(sample.text) // 64 for sample in samples])
+
+    def target(self, label: str | list[str] | None) -> int | np.ndarray:
+        """Turn a class name into its number, a list of them into [C] of zeros and ones; -1 stands for no label."""
+        if not self.multilabel:
+            return -1 if label is None else self.number[label]
+        target = np.full(len(self.classes), -1 if label is None else 0, np.float32)
+        target[[self.number[name] for name in names_of(label)]] = 1
+        return target
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        """Return i, image [3, S, S] uint8, text, target, and the file with the reason if it could not be read.
+
+        The key is (epoch, i).
+        """
+        epoch, i = key
+        rng = self.rng(i, epoch)
+        sample = self.source.pick_text(self.samples[i], rng)
+        try:
+            image, damaged = decode(sample.image, self.image_size, rng if self.train else None, self.source.flip), ""
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises many types for damaged files; what is damaged is counted and limited
+            grey = np.full((self.image_size, self.image_size, 3), GREY, np.uint8)
+            image, damaged = torch.from_numpy(grey).permute(2, 0, 1), f"{sample.image}: {str(error)[:100]}"
+        return i, image, sample.text, self.target(sample.label), damaged
+
+
+def check_damaged(damaged: list[str], samples: list[Sample], split: str) -> list[str]:
+    """Return the damaged images of a split, once each; raise InputError if they are too many."""
+    damaged = sorted(set(damaged))
+    count = len({str(sample.image) for sample in samples}) if damaged else 0
+    if damaged and len(damaged) > min(count - 1, max(MAX_BAD * count, BAD_IN_ANY_CASE)):
+        listed = "\n  ".join(damaged[:10])
+        raise InputError(f"{len(damaged)} of {count:,} images of {split} are missing or cannot be read, more than "
+                         f"{MAX_BAD:.0%} (or {BAD_IN_ANY_CASE}, or all); download them again or take their rows out. The "
+                         f"first:\n  {listed}")
+    return damaged
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Images
+
+
+def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator | None = None,
+           flip: bool = False) -> torch.Tensor:
+    """Turn an image file or pixels [h, w, 3] into upright RGB [3, size, size] uint8.
+
+    Without rng, the short side is resized to size * 256 / 224 and the centre is cut out. With it, a crop of 60 to 100 %
+    of the area and of an aspect between 3:4 and 4:3 is taken (our choice: mild), as far as the image is long and high
+    enough, and mirrored half of the time if `flip`. Pixels are only resized. Raises what Pillow raises for a damaged
+    file.
+    """
+    if isinstance(source, np.ndarray):
+        return resize(source, size)
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text is no reason to refuse the pixels
+    with Image.open(regular_file(Path(source)), formats=FORMATS) as image:
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work; `draft` picks the smallest that is
+        # still as large as asked (the shortest crop below is 0.67 of a side), so that nothing has to be enlarged.
+        image.draft("RGB", (round(size * 256 / 224),) * 2 if rng is None else (round(1.5 * size),) * 2)
+        orientation = 1
+        with contextlib.suppress(Exception):  # of the metadata only this matters, and odd ones do no harm
+            orientation = image.getexif().get(0x0112, 1)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip instead of scaling
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        image.load()
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+
+    width, height = image.size
+    mirrored = False
+    if rng is None:
+        w = h = min(width, height) * 224 / 256
+        left, top = (width - w) / 2, (height - h) / 2
+    else:
+        area, aspect = rng.uniform(0.6, 1) * width * height, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+        w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
+        left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        mirrored = flip and rng.random() < 0.5
+    left, top = round(left), round(top)
+    pixels = resize(np.array(image.crop((left, top, left + max(1, round(w)), top + max(1, round(h))))), size)
+    return pixels.flip(-1) if mirrored else pixels
+
+
+T = Image.Transpose
+UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
+           7: T.TRANSVERSE, 8: T.ROTATE_90}  # EXIF orientation -> what undoes it
+
+
+def resize(pixels: np.ndarray, size: int) -> torch.Tensor:
+    """Resize [h, w, 3] uint8 -> [3, size, size] uint8, as Pillow's bicubic filter does it, in less than half the time."""
+    x = torch.from_numpy(pixels).permute(2, 0, 1)
+    if x.shape[1:] == (size, size):
+        return x
+    return F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1,
+         accumulate: int = 1) -> list[list[tuple[int, int]]]:
+    """Return the batches of this process in an epoch, from step `start` on, as lists of (epoch, index).
+
+    In training `batch_size` samples make a step, dealt out over processes and micro-batches, and an incomplete last
+    step is dropped; in evaluation every sample comes exactly once over all processes. A batch is padded to its longest
+    text, so texts of similar length are put together: in evaluation all are sorted, in training the samples of ten
+    steps at a time.
+    """
+    lengths, steps = pairs.text_lengths(epoch), pairs.steps(batch_size)
+    if pairs.train:
+        if batch_size % (world * accumulate):
+            raise InputError(f"--batch-size {batch_size} cannot be dealt out evenly over {world} processes with "
+                             f"--accumulate {accumulate}; give a multiple of {world * accumulate}")
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(lengths))[:steps * batch_size]
+        for ten in range(0, len(order), 10 * batch_size):
+            part = order[ten:ten + 10 * batch_size]
+            part[:] = part[lengths[part].argsort(kind="stable")]
+        order = rng.permutation(order.reshape(steps, batch_size)).flatten()
+    else:
+        order = lengths.argsort(kind="stable")
+
+    mine = [order[step * batch_size:(step + 1) * batch_size][rank::world] for step in range(start, steps)]
+    micro_batches = [part for batch in mine for part in np.split(batch, accumulate if pairs.train else 1)]
+    return [[(epoch, int(i)) for i in part] for part in micro_batches if len(part)]
+
+
+def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, workers: int = 0, device: str = "cpu") -> DataLoader:
+    """Return a DataLoader for the batches of a `plan`, which are put into its list `batch_sampler`.
+
+    Its workers outlive an epoch, since starting them can take seconds; those of the test split are needed only once.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete with the workers
+    pairs.image_size = image_size
+    return DataLoader(
+        pairs, batch_sampler=[], collate_fn=functools.partial(collate, tokenizer), pin_memory=device == "cuda",
+        num_workers=workers, persistent_workers=workers > 0 and pairs.split != "test", worker_init_fn=start_worker,
+        generator=torch.Generator())  # its own: the global one belongs to the router's noise
+
+
+def start_worker(_: int) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # for the main process, which finishes its step first
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
+    """Return index [B], images [B, 3, S, S] uint8, texts [B, N] ids, labels [B] or [B, C], damaged files."""
+    index, images, texts, targets, damaged = zip(*rows)
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    return {"index": torch.tensor(index), "images": torch.stack(images), "texts": torch.tensor(ids),
+            "labels": torch.stack([torch.as_tensor(t) for t in targets]), "damaged": [name for name in damaged if name]}
+
+
+def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Tokenizer:
+    """Return the tokenizer in a BERT's folder. Raises InputError if it does not belong to that BERT.
+
+    It truncates at `length`, keeping [SEP], and pads to the longest text of a batch, or to the next multiple, so that
+    torch.compile meets few lengths.
+    """
+    folder = bert.folder
+    try:
+        if (folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(regular_file(folder / "tokenizer.json")))
+        else:
+            settings = folder / "tokenizer_config.json"
+            c = json.loads(regular_file(settings).read_text("utf-8")) if settings.exists() else {}
+            tokenizer = BertWordPieceTokenizer.from_file(
+                str(regular_file(folder / "vocab.txt")), lowercase=c.get("do_lower_case", True),
+                strip_accents=c.get("strip_accents"), handle_chinese_chars=c.get("tokenize_chinese_chars", True))
+            tokenizer = tokenizer._tokenizer
+        tokenizer.no_padding()
+        empty, numbers = tokenizer.encode("").ids, tokenizer.get_vocab()
+    except Exception as error:  # the package raises plain Exception
+        raise InputError(f"{folder}: expected tokenizer.json or vocab.txt of a BERT ({error})") from None
+    wanted = {"[PAD]": bert.pad_id, "[CLS]": (empty or [None])[0], "[SEP]": (empty or [None])[-1]}
+    wrong = [f"{token} is {numbers.get(token)}, not {number}" for token, number in wanted.items()
+             if number is None or numbers.get(token) != number]
+    if max(numbers.values()) >= bert.word_embeddings.num_embeddings:
+        wrong.append(f"ids go up to {max(numbers.values())}, but there are {bert.word_embeddings.num_embeddings} embeddings")
+    if wrong or len(empty) != 2:
+        raise InputError(f"{folder}: the tokenizer does not belong to this BERT: {'; '.join(wrong)}; an empty text gives "
+                         f"{empty}, expected [CLS] and [SEP]")
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(pad_id=bert.pad_id, pad_token="[PAD]", pad_to_multiple_of=multiple)
+    return tokenizer
+
+
 # ---------------------------------------------------------------------------------------------------------
 # A picture of the routing
 
 
-def draw_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: int = 5) -> Image.Image:
-    """routing.png: the mean routing weight of each expert by layer, and what the busiest of one layer like best.
+def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: int = 5) -> Image.Image:
+    """Return routing.png: the mean routing weight of each expert by layer, and what the busiest of one layer are for.
 
     routing [n, L, k] of all samples. The layer is the one whose routing differs most between samples. Where samples
-    have a kind of question, the mean routing of each kind in that layer is drawn too.
+    have kinds, the mean routing of each kind in that layer is shown too.
     """
     n, layers, k = routing.shape
     layer = int(routing.var(0).sum(-1).argmax())
-    names = [str(e + 1) for e in range(k)]
     share = routing[:, layer].mean(0)
     used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
-    kinds = sorted({s.id.rpartition("-")[0] for s in pairs.samples}) if pairs.source.has_kinds else []
+    kinds = [pairs.source.kind(s) for s in pairs.samples]
+    names = sorted({*kinds} - {""})
     tile, row, cell = 112, 172, 34
     right = max(200 + cell * k, 560)
-    height = max(80 + row * len(used), 190 + cell * (layers + len(kinds)))
+    height = max(80 + row * len(used), 190 + cell * (layers + len(names)))
     page = Image.new("RGB", (right + 130 + (tile + 40) * shown, height), "white")
     pen = ImageDraw.Draw(page)
 
-    heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)], names,
+    heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)],
              f"Mean routing weight (%) of each expert, {n:,} {pairs.split} samples")
-    if kinds:
-        members = [torch.tensor([s.id.rpartition("-")[0] == kind for s in pairs.samples]) for kind in kinds]
-        heat_map(pen, 20, 110 + cell * layers, torch.stack([routing[m, layer].mean(0) for m in members]), kinds, names,
-                 f"The same in layer {layer + 1}, by kind of question")
+    if names:
+        by_kind, shares = mean_by(kinds, names, routing[:, layer])
+        known, of = information(by_kind, shares)
+        heat_map(pen, 20, 110 + cell * layers, by_kind, names,
+                 f"Layer {layer + 1} by kind of question: it knows {known:.1f} of {of:.1f} bits of the kind")
 
     pen.text((right, 20), f"Layer {layer + 1}: its busiest experts, and the samples that weight them most", "black",
-             FONT(18))
+             font(18))
     for y, e in zip(range(70, height, row), used):
-        pen.text((right, y + tile // 2 - 20), f"expert {e + 1}\n{100 * share[e]:.0f} %", "black", FONT(16))
+        pen.text((right, y + tile // 2 - 20), f"expert {e + 1}\n{100 * share[e]:.0f} %", "black", font(16))
         for column, i in enumerate(distinct(pairs, routing[:, layer, e].argsort(descending=True).tolist(), shown)):
             x = right + 110 + column * (tile + 40)
             _, image, text, _, _ = pairs[0, i]
             page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile)), (x, y))
             words = textwrap.wrap(text, 24, max_lines=3, placeholder=" …")
-            pen.text((x, y + tile + 2), "\n".join(words), "black", FONT(11))
+            pen.text((x, y + tile + 2), "\n".join(words), "black", font(11))
     return page
 
 
+def mean_by(kinds: list[str], names: list[str], routing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean routing [n, k] of the samples of each kind [kinds, k], and the kinds' shares [kinds]."""
+    members = torch.tensor([[kind == name for kind in kinds] for name in names]).float()  # [kinds, n]
+    return members @ routing / members.sum(1, keepdim=True), members.mean(1)
+
+
+def information(by_kind: torch.Tensor, shares: torch.Tensor) -> tuple[float, float]:
+    """Return the mutual information of kind and expert in bits, and the entropy of the kinds, its upper bound."""
+    def bits(p: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(p).sum(-1) / np.log(2)
+
+    return float(bits(shares @ by_kind) - shares @ bits(by_kind)), float(bits(shares))
+
+
 def distinct(pairs: Pairs, order: list[int], count: int) -> list[int]:
-    """The first samples of an order that have different texts, since one text always routes alike."""
+    """Return the first samples of an order that have different texts, since one text always routes alike."""
     chosen: dict[str, int] = {}
     for i in order:
         chosen.setdefault(pairs.sample(i).text, i)
@@ -578,107 +811,24 @@ def distinct(pairs: Pairs, order: list[int], count: int) -> list[int]:
     return list(chosen.values())
 
 
-def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, rows: list[str], columns: list[str],
-             title: str, cell: int = 34) -> None:
-    """values [rows, columns] between 0 and 1, from white to dark blue, each printed in its cell as a percentage."""
-    pen.text((x, y), title, "black", FONT(18))
-    for j, name in enumerate(columns):
-        pen.text((x + 130 + j * cell + cell // 2, y + 32), name, "black", FONT(12), anchor="mm")
+def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, rows: list[str], title: str,
+             cell: int = 34) -> None:
+    """Paint values [rows, k] between 0 and 1 from white to dark blue, each printed in its cell as a percentage."""
+    pen.text((x, y), title, "black", font(18))
+    for j in range(values.shape[1]):
+        pen.text((x + 130 + j * cell + cell // 2, y + 32), str(j + 1), "black", font(12), anchor="mm")
     for i, name in enumerate(rows):
-        pen.text((x, y + 45 + i * cell + cell // 2), name, "black", FONT(14), anchor="lm")
+        pen.text((x, y + 45 + i * cell + cell // 2), name, "black", font(14), anchor="lm")
         for j, value in enumerate(values[i].tolist()):
             left, upper = x + 130 + j * cell, y + 45 + i * cell
             shade = tuple(round(255 + (dark - 255) * value ** 0.5) for dark in (8, 48, 107))
             pen.rectangle((left, upper, left + cell - 2, upper + cell - 2), shade)
             pen.text((left + cell // 2, upper + cell // 2), f"{100 * value:.0f}",
-                     "white" if value > 0.2 else "black", FONT(12), anchor="mm")
+                     "white" if value > 0.2 else "black", font(12), anchor="mm")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def load_tokenizer(folder: Path, length: int, multiple: int | None = None) -> Tokenizer:
-    """The tokenizer of a BERT folder; truncates at `length`, keeping [SEP]; pads to the longest text of a batch, or to
-    the next multiple, so that torch.compile meets few lengths."""
+def font(size: int) -> ImageFont.ImageFont:
     try:
-        if (folder / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        else:
-            settings = folder / "tokenizer_config.json"
-            lower = not settings.exists() or json.loads(settings.read_text("utf-8")).get("do_lower_case", True)
-            tokenizer = BertWordPieceTokenizer.from_file(str(folder / "vocab.txt"), lowercase=lower)._tokenizer
-    except Exception as error:  # the package raises plain Exception
-        raise InputError(f"{folder}: expected tokenizer.json or vocab.txt of a BERT ({error})") from None
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]") or 0, pad_token="[PAD]",
-                             pad_to_multiple_of=multiple)
-    return tokenizer
-
-
-def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
-    """-> index [B], images [B, 3, S, S] uint8, texts [B, N] ids, labels [B] or [B, C], damaged file names."""
-    index, images, texts, targets, damaged = zip(*rows)
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
-    return {"index": torch.tensor(index), "images": torch.stack(images), "texts": torch.tensor(ids),
-            "labels": torch.stack([torch.as_tensor(t) for t in targets]), "damaged": [name for name in damaged if name]}
-
-
-class Batches:
-    """Which samples make each batch of this process, as (epoch, index) pairs.
-
-    Set `epoch`, and `start` to skip the steps that an interrupted epoch has done, before iterating. In training
-    `batch_size` samples make a step, dealt out over processes and micro-batches, and an incomplete last step is
-    dropped; in evaluation every sample comes exactly once over all processes. Texts of like length meet in a batch,
-    which is padded to its longest: in evaluation all are sorted, in training the samples of ten steps at a time.
-    """
-
-    def __init__(self, pairs: Pairs, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1,
-                 accumulate: int = 1):
-        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.epoch = self.start = 0
-        count, parts = len(pairs), world * accumulate
-        self.steps = count // batch_size if pairs.train else -(-count // batch_size)
-        if pairs.train and batch_size % parts:
-            raise InputError(f"--batch-size {batch_size} cannot be dealt out evenly over {world} processes with "
-                             f"--accumulate {accumulate}; give a multiple of {parts}")
-        if not self.steps:
-            raise InputError(f"{count} training samples do not fill a batch; give --batch-size {count} or lower")
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        lengths, size = self.pairs.lengths(self.epoch), self.batch_size
-        if self.pairs.train:
-            rng = np.random.default_rng([self.seed, self.epoch])
-            order = rng.permutation(len(lengths))[:self.steps * size]
-            for start in range(0, len(order), 10 * size):
-                part = order[start:start + 10 * size]
-                part[:] = part[lengths[part].argsort(kind="stable")]
-            order = rng.permutation(order.reshape(self.steps, size)).flatten()
-        else:
-            order = lengths.argsort(kind="stable")
-
-        for step in range(self.start, self.steps):
-            own = order[step * size:(step + 1) * size][self.rank::self.world]
-            for part in np.split(own, self.accumulate):
-                if len(part):
-                    yield [(self.epoch, int(i)) for i in part]
-
-
-def start_worker(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # both are for the main process, which ends its workers
-        signal.signal(number, signal.SIG_IGN)
-
-
-def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, batches: Batches, workers: int = 0,
-           device: str = "cpu") -> DataLoader:
-    """A DataLoader of batches as `collate` makes them."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete with the workers
-    pairs.image_size = image_size
-    return DataLoader(
-        pairs, batch_sampler=batches, collate_fn=partial(collate, tokenizer), pin_memory=device == "cuda",
-        num_workers=workers, persistent_workers=pairs.train and workers > 0, worker_init_fn=start_worker,
-        generator=torch.Generator())  # its own: the global one belongs to the router's noise
+        return ImageFont.load_default(size)
+    except (TypeError, OSError, ImportError):  # a Pillow older than 10.1, or without FreeType: one size for all
+        return ImageFont.load_default()

@@ -1,17 +1,22 @@
 """Conditional prompt tuning for multimodal fusion, with a mixture of prompt experts (MoPE), in one file.
 
-Paper A, which this file implements: Jiang, Liu, Chen, "Conditional Prompt Tuning for Multimodal Fusion",
-arXiv 2312.03734. Paper B is its successor, arXiv 2403.10568. Our sources are the abstracts, public notes on the
-papers, and facts from the code published for paper B, not the full texts. Where they do not settle a point, a comment
-says "we": the decision is ours.
+This file implements paper A: Jiang, Liu, Chen, "Conditional Prompt Tuning for Multimodal Fusion", arXiv 2312.03734.
+Paper B is its successor, arXiv 2403.10568. We could read the abstracts, public notes on the papers, and facts about
+the code published for paper B, but not the full texts. Where these leave a point open, a comment says "we" or "our
+choice".
 
-The idea. Two pretrained Transformers stay frozen. One modality, y ("prior"), is encoded first; its feature psi
-then steers the encoder of the other, x ("main"), by a few prompt tokens given to every one of its layers:
+The idea. Two pretrained Transformers stay frozen. One modality, y (the "prior" one), is encoded first. Its feature psi
+then steers the encoder of the other modality, x (the "main" one), by a few prompts that every layer attends to:
 
-    y --> frozen encoder --> psi --+--> router --> mixture of prompt experts --> dynamic prompts --+
-                                   +--> small MLP -----------------------------> mapped prompt  ---+--> layers of x
-                                        learned, the same for every input -----> static prompts ---+
-    x --> frozen encoder, prompted in every layer --> feature --> [feature, psi] --> linear head --> logits
+    y --> frozen encoder --> psi --> normalise --+--> router --> mixture of experts --> dynamic prompts --+
+               ^              |                  +--> small MLP ----------------------> mapped prompt  ---+
+         prior prompts        |                       learned ------------------------> static prompts ---+
+                              |                                                                           v
+    x ------------------------|-----------------------------------------> frozen encoder, prompted in every layer
+                              +--> linear head --> logits                                  |
+                                        ^----------------- feature of x -------------------+
+
+    shapes:  psi [B, D_y]  -->  each kind of prompts [L, B, ., D]  -->  all prompts [L, B, P, D]
 
 Only prompts, experts, router, MLP and head are trained: 0.74 % of all parameters with ViT-B/16 + BERT-base and 101
 classes, where the abstract of paper A says 0.7 %.
@@ -23,21 +28,17 @@ Symbols, used in every shape below; those of the prior modality carry a y where 
     H  attention heads           C  classes                                 k  experts of a layer, j one of them
     S  side of an image          psi [B, D_y]  feature of y                 r_i [B, k]  routing: weights of the experts
 
-Contents: attention and block - ViT - BERT - the three prompts - importance loss - fusion - pretrained weights.
+Contents: prompts, router, importance loss - fusion - attention - ViT and BERT - pretrained weights (skip at first).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import sys
-import urllib.request
 from collections import OrderedDict
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,60 +51,257 @@ class InputError(ValueError):
     """A file, name or setting given from outside is wrong; the message says what to do about it."""
 
 
-class NoSuchFile(InputError):
-    """A server answers that it has no such file."""
+# ---------------------------------------------------------------------------------------------------------
+# The method: three kinds of prompts, the mixture of prompt experts, the importance loss
+
+
+class ConditionalPrompts(nn.Module):
+    """Turn psi, the feature of the prior modality, into prompts for every layer of the main encoder (paper A).
+
+        static   P_s,i  [l, D]  global-level: learned, the same for every input
+        dynamic  P_d,i  [l, D]  instance-level: a mixture of k learned experts, weighted for this input by a router
+        mapped   P_m,i  [1, D]  instance-level: made from psi by a two-layer MLP
+
+    Each kind can be left out: n_static=0, n_experts=0 or n_dynamic=0, mapped=False. A single expert (k = 1) needs no
+    router: it is always on. All layers are computed at once, so no loop runs over layers or experts.
+    """
+
+    def __init__(self, layers: int, dim: int, prior_dim: int, init_bound: float, n_static: int = 6, n_experts: int = 16,
+                 n_dynamic: int = 6, mapped: bool = True, mapper_width: int = 16, temperature: float = 0.1):
+        super().__init__()
+        self.layers, self.dim, self.temperature = layers, dim, float(temperature)
+        self.k = n_experts if n_dynamic else 0
+        self.static = uniform(init_bound, layers, n_static, dim) if n_static else None
+        self.experts = uniform(init_bound, layers, self.k, n_dynamic, dim) if self.k else None
+
+        # All routers are one matrix. We start it small: divided by a temperature of 0.1, logits of ordinary
+        # size would saturate the softmax at once. (On the toy of the README a start of 1 did as well.)
+        self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
+        if self.router is not None:
+            nn.init.normal_(self.router.weight, std=0.02)
+
+        # The sources give no width of the mapper. With 16, 0.74 % of ViT-B/16 + BERT-base is trained in all.
+        self.mapper = nn.Sequential(
+            nn.Linear(prior_dim, mapper_width), nn.GELU(), nn.Linear(mapper_width, layers * dim)) if mapped else None
+
+    def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """Return r_i = softmax(W_i psi / temperature + noise) of a normalised psi, and the same without noise.
+
+        Both are [B, L, k]. The first mixes the experts; the second is what the importance loss and the metrics see.
+        """
+        if self.router is None:
+            return (psi.new_ones(psi.shape[0], self.layers, 1),) * 2
+        logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
+        # Noise is for training only. Of its size we know just the 1/k² in the code for paper B.
+        noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
+        return (logits + noise).softmax(-1), logits.softmax(-1)
+
+    def forward(self, psi: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Turn psi [B, D_y] into prompts [L, B, P, D] and the noise-free routing [B, L, k]; None for what is absent."""
+        # Our choice: features differ in scale between encoders, and router and MLP should not have to care.
+        psi = F.layer_norm(psi, psi.shape[-1:])
+        prompts, routing = [], None
+        if self.static is not None:
+            prompts.append(self.static.unsqueeze(1).expand(-1, psi.shape[0], -1, -1))  # [L, B, l, D]
+        if self.experts is not None:
+            mix, routing = self.route(psi)
+            # P_d,i = sum_j r_i,j E_i,j, where E_i,j [l, D] is expert j of layer i. Every expert takes part. (To try
+            # top-1 routing, put `mix = mix * F.one_hot(mix.argmax(-1), self.k)` before this line.)
+            prompts.append(torch.einsum("BLk,LklD->LBlD", mix, self.experts))
+        if self.mapper is not None:
+            prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))  # [L, B, 1, D]
+        return (torch.cat(prompts, dim=2) if prompts else None), routing
+
+
+def uniform(bound: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
+    """Return the mean over layers of CV(Imp)², where Imp(j) is expert j's weight summed over the batch.
+
+    CV is standard deviation / mean over the experts; routing is [B, L, k], free of noise. The loss is 0 if the experts
+    share the batch evenly, and k - 1 if one takes everything. It keeps the router from degenerating: from giving a few
+    experts nearly all the weight for every input, so that the others get almost no gradient and stay untrained.
+
+    In a layer whose CV² is below the threshold the gradient stops: there the router is free to specialise. The sources
+    disagree on the threshold (0.05 or 0.1) and on CV or CV²; we take CV² < 0.05, layer by layer, with the population
+    standard deviation. The batch is that of one process and one micro-batch, not the global one.
+    """
+    importance = routing.float().sum(0)  # [L, k]
+    cv2 = importance.var(-1, unbiased=False) / importance.mean(-1) ** 2  # [L]
+    return torch.where(cv2 < threshold, cv2.detach(), cv2).mean()
+
+
+def effective_experts(routing: Tensor) -> Tensor:
+    """Return exp(entropy of the mean routing) of each layer: k if all experts are used alike, 1 if degenerate.
+
+    routing [B, L, k] -> [L].
+    """
+    return torch.special.entr(routing.float().mean(0)).sum(-1).exp()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Attention and block
+# Fusion
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √d) v for queries q [B, H, Nq, d], keys k and values v [B, H, Nk, d]; d = D/H.
+class Output(NamedTuple):
+    logits: Tensor  # [B, C]
+    routing: Tensor | None  # [B, L, k], free of noise; None without experts
+    importance: Tensor  # scalar, to be added to the task's loss with a weight; 0 without a router
 
-    mask [B, 1, 1, Nk]: True = this key is visible; None = all are.
+
+class MoPE(nn.Module):
+    """Encode the prior modality, prompt the frozen main encoder with it, and classify both features.
+
+        model = MoPE(load_vit("vit_b_16"), load_bert("bert-base-uncased"), num_classes=101)  # text prompts vision
+        logits, routing, importance = model(images, input_ids)
+
+    Swap the encoders, and the inputs, to let vision prompt text. `n_prior_prompts` are ordinary learned prompts in each
+    layer of the prior encoder, as in the code for paper B; without them nothing in it needs a gradient. The head sees
+    both features (`head="both"`, our choice: the code for paper B uses the main one) or "main" alone, which without
+    router and mapper is a model of one modality. `finetune=True` trains the encoders too, for comparison. All other
+    arguments go to `ConditionalPrompts`. Weights stay in float32; for speed, use `hold_frozen` and autocast.
+
+    Any encoder can take the place of ours if it has `dim`, `depth` and `prompt_init_bound` and keeps this contract:
+    - `encoder(x, prompts)` returns a feature [B, D]; prompts are [L, B, P, D] or None, and all layers have one width.
+    - Gradients pass through to the prompts, and whatever masks tokens lets every token see all P prompts.
+    - With causal attention the prompts stand in front: behind the tokens, nothing would see them.
+    - x is one tensor, so a mask travels inside it: as a padding id, or as ids and mask stacked.
     """
-    if q.device.type != "cpu" or not k.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, mask)
 
-    # On a CPU the fused kernel above is the faster one forward only; with a backward pass the two are alike in float32,
-    # and the fused one is slower in bfloat16.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose queries and whose keys and values may come from different sequences.
-
-    `qkv` is never called, its rows are read: a hook on it, or another layer put in its place, has no effect.
-    """
-
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, n_prior_prompts: int = 4,
+                 head: str = "both", finetune: bool = False, **prompt_sizes):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)  # one matrix, rows in the order q, k, v, as checkpoints store it
-        self.proj = nn.Linear(dim, dim)
+        if head not in ("both", "main"):
+            raise InputError(f"head is {head!r}; expected 'both' or 'main'")
+        self.sizes = dict(num_classes=num_classes, n_prior_prompts=n_prior_prompts, head=head, finetune=finetune,
+                          **prompt_sizes)
+        self.main, self.prior, self.finetune = main, prior, finetune
+        self.prompts = ConditionalPrompts(main.depth, main.dim, prior.dim, main.prompt_init_bound, **prompt_sizes)
+        self.prior_prompts = uniform(
+            prior.prompt_init_bound, prior.depth, n_prior_prompts, prior.dim) if n_prior_prompts else None
+        self.head_sees_psi = head == "both"
+        self.head = nn.Linear(main.dim + prior.dim * self.head_sees_psi, num_classes)
+        self.one_modality = not self.head_sees_psi and self.prompts.router is None and self.prompts.mapper is None
+        if self.one_modality and n_prior_prompts:
+            raise InputError("nothing of the prior modality reaches the head; set n_prior_prompts to 0")
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries of x [B, Nq, D] over keys and values of context [B, Nk, D] -> [B, Nq, D]."""
-        dim = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x, weight[:dim], bias[:dim])
-        k, v = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        # We freeze modules, and never choose parameters by their names.
+        for encoder in (main, prior):
+            frozen = encoder in self.frozen_encoders()
+            encoder.requires_grad_(not frozen)
+            if not frozen:
+                encoder.source = None  # it will not be what its file holds
+        self.train()
 
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
-        out = attend(q, k, v, mask)
-        return self.proj(out.transpose(1, 2).flatten(2))  # [B, H, Nq, D/H] -> [B, Nq, D]
+    def frozen_encoders(self) -> list[nn.Module]:
+        """Return the encoders that are not trained. With `finetune`, that is the prior one where it is not used."""
+        return [self.main, self.prior] if not self.finetune else [self.prior] if self.one_modality else []
+
+    def train(self, mode: bool = True) -> MoPE:
+        """Set the mode as usual, but keep frozen encoders in evaluation mode."""
+        super().train(mode)
+        for encoder in self.frozen_encoders():
+            encoder.eval()
+        return self
+
+    def hold_frozen(self, dtype: torch.dtype) -> MoPE:
+        """Keep the frozen matrices in `dtype` instead of casting them in every step; then run under autocast."""
+        for module in (*self.main.modules(), *self.prior.modules()):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in module.parameters()):
+                module.to(dtype)
+        return self
+
+    def forward(self, x: Tensor, y: Tensor) -> Output:
+        """Classify a batch: x of the main modality, y of the prior one. Images are [B, 3, S, S] uint8, texts [B, N]."""
+        dtype = self.head.weight.dtype
+        if self.one_modality:
+            psi = torch.zeros(x.shape[0], self.prior.dim, dtype=dtype, device=x.device)
+        else:
+            p = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+            psi = self.prior(y, None if p is None else p.unsqueeze(1).expand(-1, y.shape[0], -1, -1)).to(dtype)
+
+        exact = torch.autocast(psi.device.type, enabled=False)  # in the precision of the trained weights
+        with exact:
+            prompts, routing = self.prompts(psi)
+        feature = self.main(x, prompts).to(dtype)  # [B, D]
+        if prompts is not None and prompts.requires_grad and not feature.requires_grad:
+            raise InputError(f"{type(self.main).__name__} ignores its prompts, or lets no gradient through to them; "
+                             "every layer has to attend to prompts[i], as the docstring of MoPE says")
+        with exact:
+            logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature)
+
+        no_router = self.prompts.router is None
+        importance = logits.new_zeros((), dtype=torch.float32) if no_router else importance_loss(routing)
+        return Output(logits.float(), routing, importance)
+
+    def trained_state(self) -> dict:
+        """Return what was trained, as plain data for `torch.save`, with the model's sizes and its backbones' facts."""
+        weights = {name: t.detach().cpu().clone() for name, t in self.trained_tensors().items()}
+        return {"weights": weights, "sizes": self.sizes, "backbones": self.backbone_facts()}
+
+    def load_trained_state(self, state: dict) -> MoPE:
+        """Load what `trained_state` returned. The mode stays as it is: call `eval()` to predict.
+
+        Raises InputError for other backbones or settings, and for weights that are missing, unexpected or misshapen.
+        """
+        if not isinstance(state, dict) or not {"weights", "backbones"} <= state.keys():
+            raise InputError(f"a trained state holds weights and backbones, but this is {str(state)[:60]}")
+        have, want = self.backbone_facts(), state["backbones"]
+        for fact in want:
+            if None not in (want[fact], have.get(fact)) and want[fact] != have[fact] and not fact.endswith("name"):
+                raise InputError(f"{fact} is {have[fact]}, but what was trained belongs to {want[fact]}, of: {want}")
+        tensors = self.trained_tensors()
+        check_same_tensors(tensors, state["weights"], "the trained state")
+        with torch.no_grad():
+            for name, t in tensors.items():
+                t.copy_(state["weights"][name])
+        return self
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors but those of frozen encoders, whether or not they require a gradient just now."""
+        frozen = {id(t) for encoder in self.frozen_encoders() for t in encoder.state_dict(keep_vars=True).values()
+                  if not t.requires_grad}
+        return {name: t for name, t in self.state_dict(keep_vars=True).items() if id(t) not in frozen}
+
+    def backbone_facts(self) -> dict:
+        """Return what weights of the right names and shapes could still be wrong for. None means not known."""
+        facts = {"temperature": self.prompts.temperature}
+        for part, encoder in (("main", self.main), ("prior", self.prior)):
+            facts |= {f"{part} {fact}": value for fact, value in (getattr(encoder, "source", None) or {}).items()}
+            facts |= {f"{part} {fact}": getattr(encoder, fact, None) for fact in ("pooling", "image_size", "mean")}
+        return facts
+
+    def report(self) -> str:
+        """Return a table of total, frozen and trainable parameters by part."""
+        p = self.prompts
+        parts = {"main encoder": self.main, "prior encoder": self.prior, "prior prompts": self.prior_prompts,
+                 "static prompts": p.static, "experts": p.experts, "router": p.router, "mapper": p.mapper,
+                 "head": self.head, "all": self}
+        lines = [f"{'parameters':<16}{'total':>14}{'frozen':>14}{'trainable':>14}"]
+        for name, part in parts.items():
+            total, trained = count(part)
+            lines.append(f"{name:<16}{total:>14,}{total - trained:>14,}{trained:>14,}")
+        return "\n".join(lines) + f"  = {trained / total:.2%}"
+
+
+def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
+    """Return the number of parameters of a part, and how many of them are trained."""
+    tensors = [] if part is None else [part] if isinstance(part, Tensor) else list(part.parameters())
+    return sum(t.numel() for t in tensors), sum(t.numel() for t in tensors if t.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# How prompts enter a layer
 
 
 class Block(nn.Module):
     """A Transformer layer that can be prompted; pre-norm as in ViT, post-norm as in BERT.
 
-    Prompts are only ever attended to. The papers insert them into the sequence and throw their outputs away
-    after the layer; so no query, no attention output and no MLP of theirs is ever used, and giving the layer
-    their keys and values alone computes the same numbers with less work.
+    The papers insert the prompts into the sequence and throw their outputs away after the layer. So the only thing a
+    layer ever uses of them is that its tokens attend to them: their keys and values. We compute just those, and no
+    query, attention output or MLP of a prompt. The tokens come out the same, with less work.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
@@ -116,18 +314,19 @@ class Block(nn.Module):
             fc1=nn.Linear(dim, mlp_dim), act=nn.GELU(), fc2=nn.Linear(mlp_dim, dim)))  # exact (erf) GELU
 
     def forward(self, x: Tensor, prompts: Tensor | None = None, mask: Tensor | None = None,
-                queries: int | None = None) -> Tensor:
-        """x [B, N, D], prompts [B, P, D], mask [B, 1, 1, N + P] -> [B, N, D].
+                first: int | None = None) -> Tensor:
+        """Compute a layer: x [B, N, D], prompts [B, P, D], mask [B, 1, 1, N + P] with True = visible -> [B, N, D].
 
-        With `queries`, only its first so many tokens are computed: a feature read off [CLS] needs no other output
-        of the last layer.
+        With `first`, only that many tokens are computed; the last layer needs no more than [CLS].
         """
-        h = self.norm1(x) if self.pre_norm else x
+        dtype = self.attn.qkv.weight.dtype  # cast once, before tokens and prompts are joined
+        h = (self.norm1(x) if self.pre_norm else x).to(dtype)
         context = h
         if prompts is not None:
-            context = torch.cat([h, self.norm1(prompts) if self.pre_norm else prompts], dim=1)  # [B, N + P, D]
-        if queries is not None:
-            x, h = x[:, :queries], h[:, :queries]
+            prompts = (self.norm1(prompts) if self.pre_norm else prompts).to(dtype)
+            context = torch.cat([h, prompts], dim=1)  # [B, N + P, D]
+        if first is not None:
+            x, h = x[:, :first], h[:, :first]
         x = x + self.attn(h, context, mask)
 
         if self.pre_norm:
@@ -136,25 +335,63 @@ class Block(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 
+class Attention(nn.Module):
+    """Multi-head attention in which queries come from one sequence, keys and values from another.
+
+    `qkv` is used as a matrix (its rows are sliced) and not called as a layer, so a hook on it or a LoRA layer in its
+    place is ignored.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # one matrix, rows in the order q, k, v, as checkpoints store it
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Let the queries of x [B, Nq, D] attend to the keys and values of context [B, Nk, D] -> [B, Nq, D]."""
+        dim = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x, weight[:dim], bias[:dim])
+        k, v = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
+        out = attend(q, k, v, mask)
+        return self.proj(out.transpose(1, 2).flatten(2))  # [B, H, Nq, D/H] -> [B, Nq, D]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return softmax(q kᵀ / √d) v for queries q [B, H, Nq, d], keys k and values v [B, H, Nk, d]; d = D/H.
+
+    mask [B, 1, 1, Nk]: True = this key is visible; None = all are.
+    """
+    # We take PyTorch's fused kernel, except where the plain formula is faster (on a CPU with a backward pass: in float32
+    # they are equal) or safer (on Apple GPUs the kernel has misread masks that are broadcast over heads, pytorch#184180).
+    if q.device.type == "cuda" or (q.device.type == "cpu" and not k.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
 # ---------------------------------------------------------------------------------------------------------
-# The two encoders. Inside, names are those of DINOv2's checkpoints, and of BERT's for what only a BERT has. An encoder
-# takes one tensor and optionally prompts [L, B, P, D], knows nothing of where they come from, and returns a feature
-# [B, D]. Another encoder can take the place of either: `MoPE` needs dim, depth, prompt_scale and this call.
+# The two encoders. Inside, names are those of timm's and DINOv2's checkpoints, and BERT's for what only a BERT has.
 
 
 class Encoder(nn.Module):
     """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
     source: dict | None = None  # name and sha256 of the file that the weights came from; set by the loaders
-    prompt_scale: float  # bound of the uniform start of prompts for this encoder
+    prompt_init_bound: float  # prompts for this encoder start uniformly in [-bound, bound]
 
     def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
         super().__init__()
         self.dim, self.depth = dim, depth
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps, pre_norm) for _ in range(depth))
 
-    def run(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, queries: int | None) -> Tensor:
-        """x [B, N, D] through all blocks -> [B, N or `queries`, D]; mask [B, N], True = a real token, or None."""
+    def run_blocks(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, first: int | None) -> Tensor:
+        """Send x [B, N, D] through all blocks -> [B, N or `first`, D]; mask [B, N], True = a real token, or None."""
         if mask is not None:
             if prompts is not None:
                 mask = F.pad(mask, (0, prompts.shape[2]), value=True)  # every token sees every prompt
@@ -162,24 +399,25 @@ class Encoder(nn.Module):
 
         prompts = [None] * self.depth if prompts is None else prompts.unbind()
         for block, p in zip(self.blocks, prompts, strict=True):  # p [B, P, D]
-            x = block(x, p, mask, queries if block is self.blocks[-1] else None)
+            x = block(x, p, mask, first if block is self.blocks[-1] else None)
         return x
 
 
 class ViT(Encoder):
-    """Vision Transformer (arXiv 2010.11929): torchvision's and DINOv2's weights both fit."""
+    """Vision Transformer (arXiv 2010.11929), for the weights of torchvision, DINOv2 and timm.
 
-    mean = (0.485, 0.456, 0.406)  # of ImageNet: the statistics of both families
-    std = (0.229, 0.224, 0.225)
+    mean and std are those of the pixels in 0..1 that the weights were trained with; by default ImageNet's.
+    """
 
     def __init__(self, image_size: int = 224, patch_size: int = 16, dim: int = 768, depth: int = 12,
-                 heads: int = 12, mlp_dim: int = 3072, eps: float = 1e-6):
+                 heads: int = 12, mlp_dim: int = 3072, eps: float = 1e-6, mean: tuple = (0.485, 0.456, 0.406),
+                 std: tuple = (0.229, 0.224, 0.225)):
         super().__init__(dim, depth, heads, mlp_dim, eps, pre_norm=True)
         if image_size % patch_size:
             raise InputError(f"image size {image_size} is not a multiple of the patch size {patch_size}; "
                              f"try {max(1, round(image_size / patch_size)) * patch_size}")
-        self.image_size, self.patch_size = image_size, patch_size
-        self.prompt_scale = math.sqrt(6 / (3 * patch_size ** 2 + dim))  # the uniform bound of VPT
+        self.image_size, self.patch_size, self.mean, self.std = image_size, patch_size, tuple(mean), tuple(std)
+        self.prompt_init_bound = math.sqrt(6 / (3 * patch_size ** 2 + dim))  # as in VPT (arXiv 2203.12119)
 
         self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -188,25 +426,25 @@ class ViT(Encoder):
         self.register_buffer("shift", 255 * torch.tensor(self.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", 255 * torch.tensor(self.std).view(3, 1, 1), persistent=False)
 
-    def tokens(self, images: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """images [B, 3, S, S], uint8, not normalised -> tokens [B, N, D] after the final norm, [CLS] first."""
+    def tokens(self, images: Tensor, prompts: Tensor | None = None, first: int | None = None) -> Tensor:
+        """Encode images [B, 3, S, S], uint8, not normalised -> tokens [B, N, D] after the final norm, [CLS] first."""
         if images.is_floating_point() or images.shape[-2:] != (self.image_size, self.image_size):
             raise InputError(f"images are {images.dtype} {list(images.shape)}; expected uint8 pixels of 0 to 255, not "
                              f"normalised, [B, 3, {self.image_size}, {self.image_size}]")
         images = (images - self.shift) / self.scale
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N - 1, D]
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        return self.norm(self.run(x, prompts, None, queries))
+        return self.norm(self.run_blocks(x, prompts, None, first))
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """images [B, 3, S, S] -> feature [B, D], the [CLS] token."""
-        return self.tokens(images, prompts, queries=1)[:, 0]
+        """Encode images [B, 3, S, S] -> feature [B, D], the [CLS] token."""
+        return self.tokens(images, prompts, first=1)[:, 0]
 
 
 class BERT(Encoder):
     """BERT (arXiv 1810.04805), post-norm, without the pooler, which only next-sentence prediction used."""
 
-    prompt_scale = 0.3  # the bound of the uniform start of prompts for text, from the authors' code for paper B
+    prompt_init_bound = 0.3  # from the code for paper B
     folder: Path | None = None  # where the tokenizer lies; set by the loader
 
     def __init__(self, vocab_size: int = 30522, dim: int = 768, depth: int = 12, heads: int = 12,
@@ -223,8 +461,8 @@ class BERT(Encoder):
         for embedding in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def tokens(self, ids: Tensor, prompts: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """ids [B, N], padded with pad_id -> last hidden states [B, N, D].
+    def tokens(self, ids: Tensor, prompts: Tensor | None = None, first: int | None = None) -> Tensor:
+        """Encode ids [B, N], padded with pad_id -> last hidden states [B, N, D].
 
         A text of padding alone gives nan; a tokenizer makes [CLS] and [SEP] of an empty one.
         """
@@ -232,416 +470,205 @@ class BERT(Encoder):
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
         x = self.norm(x + self.token_type_embeddings.weight[0])  # a single text: every token is of type 0
-        return self.run(x, prompts, ids != self.pad_id, queries)
+        return self.run_blocks(x, prompts, ids != self.pad_id, first)
 
     def forward(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """ids [B, N] -> feature [B, D]: the mean over real tokens, or with pooling "cls" the first token.
+        """Encode ids [B, N] -> feature [B, D]: the mean over real tokens, or with pooling "cls" the first token.
 
-        The authors' code reads [CLS]. We take the mean: in an encoder trained on masked words, little or nothing
+        The code for paper B reads [CLS]. We take the mean: in an encoder trained on masked words, little or nothing
         ever asked [CLS] to summarise the sentence.
         """
         if self.pooling == "cls":
-            return self.tokens(ids, prompts, queries=1)[:, 0]
+            return self.tokens(ids, prompts, first=1)[:, 0]
         real = (ids != self.pad_id).unsqueeze(-1)  # [B, N, 1]
         return (self.tokens(ids, prompts) * real).sum(1) / real.sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The method: three kinds of prompts, the mixture of prompt experts, the importance loss
-
-
-def uniform(bound: float, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
-class ConditionalPrompts(nn.Module):
-    """psi, the feature of the prior modality -> prompts for every layer of the main encoder (paper A).
-
-        static   P_s,i  [l, D]  learned, the same for every input
-        dynamic  P_d,i  [l, D]  a mixture of k experts, mixed for this input
-        mapped   P_m,i  [1, D]  a two-layer MLP of psi
-
-    Each can be absent: static=0, experts=0 or dynamic=0, mapped=False. No loop runs over layers or experts.
-    """
-
-    def __init__(self, layers: int, dim: int, prior_dim: int, bound: float, static: int = 6, experts: int = 16,
-                 dynamic: int = 6, mapped: bool = True, hidden: int = 16, temperature: float = 0.1):
-        super().__init__()
-        self.layers, self.dim, self.temperature = layers, dim, float(temperature)
-        self.k = experts if dynamic else 0
-        self.static = uniform(bound, layers, static, dim) if static else None
-        self.experts = uniform(bound, layers, self.k, dynamic, dim) if self.k else None
-
-        # All routers are one matrix. We start it small: divided by a temperature of 0.1, logits of ordinary
-        # size would saturate the softmax at once. (On the toy of the README a start of 1 did as well.)
-        self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
-        if self.router is not None:
-            nn.init.normal_(self.router.weight, std=0.02)
-
-        # Our sources give no width of the mapper. 16 makes 0.74 % trainable in all, with ViT-B/16 + BERT-base
-        # and 101 classes.
-        self.mapper = nn.Sequential(
-            nn.Linear(prior_dim, hidden), nn.GELU(), nn.Linear(hidden, layers * dim)) if mapped else None
-
-    def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """r_i = softmax(W_r,i psi / tau + noise) of a normalised psi: to mix with, and free of noise, both [B, L, k].
-
-        tau is the temperature.
-        """
-        if self.router is None:
-            return (psi.new_ones(psi.shape[0], self.layers, 1),) * 2
-        logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
-        # Noise while training only. Of its size we know only the 1/k² of the code for paper B. (On the
-        # toy of the README none did as well.)
-        noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
-        return (logits + noise).softmax(-1), logits.softmax(-1)
-
-    def forward(self, psi: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """psi [B, D_y] -> prompts [L, B, P, D] and the noise-free routing [B, L, k]; None where absent."""
-        psi = F.layer_norm(psi, psi.shape[-1:])  # we: encoders differ in scale, router and MLP should not
-        prompts, routing = [], None
-        if self.static is not None:
-            prompts.append(self.static.unsqueeze(1).expand(-1, psi.shape[0], -1, -1))  # [L, B, l, D]
-        if self.experts is not None:
-            mix, routing = self.route(psi)
-            # P_d,i = sum_j r_i,j E_i,j, where E_i,j [l, D] is expert j: a dense mixture, every expert weighted
-            prompts.append(torch.einsum("BLk,LklD->LBlD", mix, self.experts))
-        if self.mapper is not None:
-            prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))  # [L, B, 1, D]
-        return (torch.cat(prompts, dim=2) if prompts else None), routing
-
-
-def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
-    """Mean over layers of CV(Imp)², Imp(j) = sum over the batch of r_j; routing [B, L, k], free of noise.
-
-    0 when all experts are used equally, k - 1 when one takes everything. In a layer whose CV² is below the
-    threshold the gradient stops: the router may specialise as long as it does not degenerate. The sources
-    disagree on the threshold (0.05 or 0.1) and on CV or CV²; we take CV² < 0.05, layer by layer, with the
-    population standard deviation. The batch is that of this process and of this forward pass.
-    """
-    importance = routing.float().sum(0)  # [L, k]
-    cv2 = importance.var(-1, unbiased=False) / importance.mean(-1) ** 2  # [L]
-    return torch.where(cv2 < threshold, cv2.detach(), cv2).mean()
-
-
-def effective_experts(routing: Tensor) -> Tensor:
-    """exp(entropy of the mean routing), a layer each: k = all used alike, 1 = degenerated. [B, L, k] -> [L]."""
-    return torch.special.entr(routing.float().mean(0)).sum(-1).exp()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Fusion
-
-
-class Output(NamedTuple):
-    logits: Tensor  # [B, C]
-    routing: Tensor | None  # [B, L, k], free of noise; None without experts
-    importance: Tensor  # scalar, to be added to the task's loss with a weight; 0 without a router
-
-
-class MoPE(nn.Module):
-    """Encode the prior modality, prompt the frozen main encoder with it, classify both features.
-
-        model = MoPE(load_vit("vit_b_16"), load_bert("bert-base-uncased"), num_classes=101)  # text -> vision
-        logits, routing, importance = model(images, input_ids)
-
-    Swap the encoders, and the inputs, for vision -> text. `prior_prompts` are ordinary learned prompts for the
-    prior encoder, as in the authors' code; with 0 of them nothing in it needs a gradient. The head sees both features
-    (`head="both"`; we: the authors' code uses the main one only) or "main" alone, which without router and mapper
-    is a model of one modality. `finetune=True` trains the encoders too, for comparison. The rest goes to
-    `ConditionalPrompts`. Weights stay in float32: for speed, `hold_frozen` and autocast.
-    """
-
-    def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, prior_prompts: int = 4,
-                 head: str = "both", finetune: bool = False, **prompt_sizes):
-        super().__init__()
-        if head not in ("both", "main"):
-            raise InputError(f"head is {head!r}; expected 'both' or 'main'")
-        self.main, self.prior, self.finetune = main, prior, finetune
-        self.prompts = ConditionalPrompts(main.depth, main.dim, prior.dim, main.prompt_scale, **prompt_sizes)
-        self.prior_prompts = uniform(
-            prior.prompt_scale, prior.depth, prior_prompts, prior.dim) if prior_prompts else None
-        self.head_sees_psi = head == "both"
-        self.head = nn.Linear(main.dim + prior.dim * self.head_sees_psi, num_classes)
-        self.one_modality = not self.head_sees_psi and self.prompts.router is None and self.prompts.mapper is None
-        if self.one_modality and prior_prompts:
-            raise InputError("nothing of the prior modality reaches the head; set prior_prompts to 0")
-
-        # Frozen by module, never by the names of parameters.
-        for encoder in (main, prior):
-            encoder.requires_grad_(encoder not in self.frozen())
-            if encoder not in self.frozen():
-                encoder.source = None  # it will not be what its file holds
-        self.train()
-
-    def frozen(self) -> list[nn.Module]:
-        """The encoders that are not trained; with `finetune`, the prior one if it is not used."""
-        return [self.main, self.prior] if not self.finetune else [self.prior] if self.one_modality else []
-
-    def train(self, mode: bool = True) -> MoPE:
-        """As usual, but frozen encoders stay in evaluation mode."""
-        super().train(mode)
-        for encoder in self.frozen():
-            encoder.eval()
-        return self
-
-    def hold_frozen(self, dtype: torch.dtype) -> MoPE:
-        """Keep the frozen matrices in `dtype` instead of casting them in every step; then run under autocast."""
-        for module in (*self.main.modules(), *self.prior.modules()):
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in module.parameters()):
-                module.to(dtype)
-        return self
-
-    def forward(self, x: Tensor, y: Tensor) -> Output:
-        """x: batch of the main modality, y: of the prior one; images [B, 3, S, S] uint8 or ids [B, N]."""
-        if self.one_modality:
-            psi = self.head.weight.new_zeros(x.shape[0], self.prior.dim)
-        else:
-            p = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-            psi = self.prior(y, None if p is None else p.unsqueeze(1).expand(-1, y.shape[0], -1, -1))  # [B, D_y]
-        with torch.autocast(psi.device.type, enabled=False):  # router and prompts in the precision of their weights
-            prompts, routing = self.prompts(psi.to(self.head.weight.dtype))
-        feature = self.main(x, prompts)  # [B, D]
-        logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature)
-
-        no_router = self.prompts.router is None
-        importance = logits.new_zeros((), dtype=torch.float32) if no_router else importance_loss(routing)
-        return Output(logits.float(), routing, importance)
-
-    def trained_state(self) -> dict:
-        """What was trained, as plain data for `torch.save`, and which backbone files and settings it belongs to."""
-        weights = {name: t.detach().cpu().clone() for name, t in self.own().items()}
-        return {"weights": weights, "belongs_to": self.belongs_to()}
-
-    def own(self) -> dict[str, Tensor]:
-        """All tensors but those of frozen encoders, whether or not they require a gradient just now."""
-        frozen = {id(t) for encoder in self.frozen() for t in encoder.state_dict(keep_vars=True).values()
-                  if not t.requires_grad}
-        return {name: t for name, t in self.state_dict(keep_vars=True).items() if id(t) not in frozen}
-
-    def belongs_to(self) -> dict:
-        """What weights of the right names and shapes could still be wrong for; None = not known, which fits all."""
-        facts = {"temperature": self.prompts.temperature}
-        for part, encoder in (("main", self.main), ("prior", self.prior)):
-            facts |= {f"{part} {fact}": value for fact, value in (getattr(encoder, "source", None) or {}).items()}
-            facts |= {f"{part} {fact}": getattr(encoder, fact, None) for fact in ("pooling", "image_size")}
-        return facts
-
-    def load_trained_state(self, state: dict) -> MoPE:
-        """The reverse; the mode stays: call `eval()` to predict. Raises InputError for other backbones or settings,
-        and for weights missing, unexpected or misshapen."""
-        if not {"weights", "belongs_to"} <= state.keys():
-            raise InputError(f"a trained state holds weights and belongs_to, but this has {sorted(state)[:5]}")
-        have = self.belongs_to()
-        for fact, want in state["belongs_to"].items():
-            if None not in (want, have.get(fact)) and want != have[fact] and not fact.endswith("name"):
-                raise InputError(f"{fact} is {have[fact]}, but what was trained belongs to: {state['belongs_to']}")
-        own = self.own()
-        check_total(own, state["weights"], "the trained state")
-        with torch.no_grad():
-            for name, t in own.items():
-                t.copy_(state["weights"][name])
-        return self
-
-    def report(self) -> str:
-        """A table: total, frozen and trainable parameters by part."""
-        p = self.prompts
-        parts = {"main encoder": self.main, "prior encoder": self.prior, "prior prompts": self.prior_prompts,
-                 "static prompts": p.static, "experts": p.experts, "router": p.router, "mapper": p.mapper,
-                 "head": self.head, "all": self}
-        lines = [f"{'parameters':<16}{'total':>14}{'frozen':>14}{'trainable':>14}"]
-        for name, part in parts.items():
-            total, trained = count(part)
-            lines.append(f"{name:<16}{total:>14,}{total - trained:>14,}{trained:>14,}")
-        return "\n".join(lines) + f"  = {trained / total:.2%}"
-
-
-def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
-    """Parameters of a part, and how many of them are trained."""
-    tensors = [] if part is None else [part] if isinstance(part, Tensor) else list(part.parameters())
-    return sum(t.numel() for t in tensors), sum(t.numel() for t in tensors if t.requires_grad)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Pretrained weights. A path wins, then the cache (torch's hub folder), then a download, checked by its hash where that
-# is known, else by its length.
+# The method ends here. What follows finds, checks and renames pretrained weights; a first reading can skip it.
+#
+# A name is tried in order as a local path, in the cache, and as a download: ViTs with names of ours in the cache of
+# torch.hub, checked by hash; BERTs and timm's ViTs in that of huggingface_hub, bert-base-uncased at a fixed revision.
 
 TORCHVISION, DINOV2 = "https://download.pytorch.org/models/", "https://dl.fbaipublicfiles.com/dinov2/"
 VISION = {  # name -> url, first digits of the sha256
     "vit_b_16": (TORCHVISION + "vit_b_16-c867db91.pth", "c867db91"),
     "vit_b_32": (TORCHVISION + "vit_b_32-d86f8d99.pth", "d86f8d99"),
     "vit_l_16": (TORCHVISION + "vit_l_16-852ce7e3.pth", "852ce7e3"),
-    "dinov2_vits14": (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth",
-                      "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "dinov2_vitb14": (DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-                      "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
+    "dinov2_vits14": (DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
+    "dinov2_vitb14": (DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
 }
-BERT_BASE, BERT_BASE_REVISION = "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"
-BERT_BASE_HASHES = {
-    "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    "tokenizer.json": "ce64fce797c24f68df90b40a3f74f579b336a493db14bd583fd520ea0d8c9a98",
-}
+BERT_BASE = "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"  # hub id, revision
+BERT_FORMATS = "model.safetensors", "pytorch_model.bin"
+HEADS = {64: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # of the public ViTs, by width; 64 is a toy
+
+# Names in the public files -> names here, by regular expressions that are applied in this order.
+TORCHVISION_NAMES = {
+    r"^class_token": "cls_token", r"^conv_proj": "patch_embed", r"^encoder\.pos_embedding": "pos_embed",
+    r"^encoder\.layers\.encoder_layer_": "blocks.", r"^encoder\.ln\.": "norm.", r"\.ln_": ".norm",
+    r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj",
+    r"mlp\.(linear_1|0)\.": "mlp.fc1.", r"mlp\.(linear_2|3)\.": "mlp.fc2."}
+TIMM_NAMES = {r"^patch_embed\.proj": "patch_embed"}  # and DINOv2's
+BERT_NAMES = {  # old and new ones, with and without the prefix
+    r"^bert\.": "", r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "LayerNorm.bias",
+    r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
+    r"attention\.output\.dense": "attn.proj", r"attention\.output\.LayerNorm": "norm1",
+    r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"output\.LayerNorm": "norm2"}
+# What other programs put around an encoder: its tensors lie in such an entry, or have such prefixes; and its heads.
+ENTRIES = ("model", "state_dict", "teacher", "student")
+PREFIXES = r"((module|_orig_mod|backbone|encoder|model|vit|bert|student|teacher)\.)+"
+FIRST_TENSORS = ("cls_token", "class_token", "embeddings.word_embeddings.weight")  # one of them shows the prefix
+UNUSED = (r"(heads?|head_dist|fc|pre_logits|mask_token|cls|classifier|qa_outputs|pooler|lm_head|predictions|dropout|"
+          r"seq_relationship|embeddings\.position_ids|embeddings\.token_type_ids)(\.|$)")
 
 
 def load_vit(name: str, image_size: int = 224) -> ViT:
-    """A ViT in float32 from a name of `VISION` or a file in torchvision's or DINOv2's format, made for images that
-    are normalised with ImageNet's statistics. Raises InputError.
+    """Load a ViT in float32, for images of that size. Raises InputError.
 
-    Sizes are read off the tensors, but for the number of heads, which follows from the width in the public ones.
+    The name is one of `VISION`, a file in the format of torchvision, DINOv2 or timm, or the hub id or folder of a plain
+    ViT of timm (config.json, model.safetensors). Most sizes are read off the tensors. Heads, mean and std come from the
+    config.json; without one, heads follow from the width, and mean and std are ImageNet's.
     """
-    path = find_vit(name)
-    weights = rename_vit(read_weights(path), path)
+    path, config = find_vit(name)
+    weights = read_weights(path)
     try:
+        from_torchvision = any(key.endswith("class_token") for key in weights)
+        weights = rename(weights, TORCHVISION_NAMES if from_torchvision else TIMM_NAMES)
+        fold_layer_scale(weights)
         dim, _, patch_size, _ = weights["patch_embed.weight"].shape
         mlp_dim = len(weights["blocks.0.mlp.fc1.weight"])
-        positions = weights["pos_embed"]
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a ViT of torchvision or DINOv2 ({error!r})") from None
-    if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
-        raise InputError(f"{path}: {positions.shape[1]} positions; expected [CLS] and a square of patches")
-    heads = {64: 4, 384: 6, 768: 12, 1024: 16}  # 64: a toy
-    if dim not in heads:
-        raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(heads)}")
+        depth = len([key for key in weights if key.endswith(".attn.qkv.weight")])
+        weights["pos_embed"] = resize_positions(weights["pos_embed"], image_size // patch_size)
+        given = config.get("pretrained_cfg", config)
+        pixels = {key: tuple(map(float, given[key])) for key in ("mean", "std") if key in given}
+        heads = config.get("model_args", {}).get("num_heads") or HEADS.get(dim)
+    except Exception as error:  # files of other models fail here in many ways
+        raise InputError(f"{path}: not a plain ViT of torchvision, DINOv2 or timm ({error!r})") from None
+    if heads is None:
+        raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(HEADS)}")
 
-    vit = ViT(image_size, patch_size, dim, count_blocks(weights), heads[dim], mlp_dim)
-    weights["pos_embed"] = resize_positions(positions, image_size // patch_size)
-    return fill(vit, weights, path, name)
+    vit = ViT(image_size, patch_size, dim, depth, heads, mlp_dim, **pixels)
+    return load_checked(vit, weights, path, name, f", for pixels of mean {vit.mean} and std {vit.std}")
 
 
 def load_bert(name: str, pooling: str = "mean") -> BERT:
-    """A BERT in float32 from a folder (config.json, weights, tokenizer) or a hub id. Raises InputError."""
-    folder = find_bert(name)
-    path = next((folder / f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).exists()), None)
-    if path is None or not (folder / "config.json").exists():
-        raise InputError(f"{folder}: no {'config.json' if path else 'model.safetensors or pytorch_model.bin'} in "
-                         "it; expected config.json, the weights and tokenizer.json or vocab.txt of a BERT")
-    try:
-        c = json.loads((folder / "config.json").read_text("utf-8"))
-        kind = c["model_type"], c["hidden_act"], c.get("position_embedding_type", "absolute")
-        bert = BERT(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
-                    c["intermediate_size"], c["max_position_embeddings"], c["type_vocab_size"],
-                    eps=c["layer_norm_eps"], pad_id=c.get("pad_token_id") or 0, pooling=pooling)
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: not the configuration of a BERT ({error!r})") from None
+    """Load a BERT in float32 from a folder (config.json, weights, tokenizer) or a hub id. Raises InputError."""
+    repo, revision = BERT_BASE if name == "bert-base-uncased" else (name, None)
+    folder = find(repo, "bert-base-uncased", BERT_FORMATS, revision)
+    path = next((folder / file for file in BERT_FORMATS if (folder / file).exists()), folder / BERT_FORMATS[0])
+    c = read_config(folder / "config.json")
+    kind = c.get("model_type", "bert"), c.get("hidden_act", "gelu"), c.get("position_embedding_type", "absolute")
     if kind != ("bert", "gelu", "absolute"):
         raise InputError(f"{folder / 'config.json'}: {kind}; only ('bert', 'gelu', 'absolute') is implemented")
-
+    weights = read_weights(path)
+    try:
+        sizes = [c[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                    "intermediate_size", "max_position_embeddings", "type_vocab_size")]
+        eps, pad_id = float(c.get("layer_norm_eps", 1e-12)), int(c.get("pad_token_id") or 0)
+        bert = BERT(*sizes, eps=eps, pad_id=pad_id, pooling=pooling)
+        weights = rename(weights, BERT_NAMES)
+        join_query_key_value(weights)
+    except InputError:
+        raise
+    except Exception as error:  # odd sizes, and files of other models, fail here in many ways
+        raise InputError(f"{folder}: not the configuration and weights of a BERT ({error!r})") from None
     bert.folder = folder
-    return fill(bert, rename_bert(read_weights(path)), path, name)
+    return load_checked(bert, weights, path, name)
 
 
-def rename_vit(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """torchvision's or DINOv2's names -> ours; DINOv2's LayerScale becomes part of the projections."""
-    if "class_token" in weights:  # torchvision
-        table = {r"^class_token": "cls_token", r"^conv_proj": "patch_embed", r"^encoder\.pos_embedding": "pos_embed",
-                 r"^encoder\.layers\.encoder_layer_": "blocks.", r"^encoder\.ln\.": "norm.", r"\.ln_": ".norm",
-                 r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj",
-                 r"mlp\.(linear_1|0)\.": "mlp.fc1.", r"mlp\.(linear_2|3)\.": "mlp.fc2."}
-        return rename(weights, table, unused=r"heads\.")
-
-    weights = rename(weights, {r"^patch_embed\.proj": "patch_embed"}, unused="mask_token|head")
-    # LayerScale multiplies the output channels of a branch, so scaling the last matrix's rows does the same.
-    for i in range(count_blocks(weights)):
-        for scale, last in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
-            gamma = weights.pop(f"blocks.{i}.{scale}", None)
-            for name in (f"blocks.{i}.{last}.weight", f"blocks.{i}.{last}.bias"):
-                if gamma is not None and name in weights:
-                    weights[name] = torch.einsum("o...,o->o...", weights[name], gamma)
-    return weights
-
-
-def rename_bert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's names, old or new, with or without the prefix -> ours; query, key and value become one matrix."""
-    table = {r"^bert\.": "", r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "LayerNorm.bias",
-             r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
-             r"attention\.output\.dense": "attn.proj", r"attention\.output\.LayerNorm": "norm1",
-             r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"output\.LayerNorm": "norm2"}
-    weights = rename(weights, table, unused=r"(bert\.)?(pooler|embeddings\.position_ids)|cls\.")
-    for i in range(count_blocks(weights)):
-        for kind in ("weight", "bias"):
-            names = [f"blocks.{i}.attention.self.{part}.{kind}" for part in ("query", "key", "value")]
-            if all(name in weights for name in names):
-                weights[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([weights.pop(name) for name in names])
-    return weights
-
-
-def rename(weights: dict[str, Tensor], table: dict[str, str], unused: str) -> dict[str, Tensor]:
-    """Apply the regular expressions of a table in order to all names; drop what the encoder has no use for."""
-    renamed = {}
+def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Give the tensors of a public file the names used here, and leave out what the encoders have no use for."""
+    first = next((name for name in weights if name.endswith(FIRST_TENSORS)), "")
+    prefix = (re.match(PREFIXES, first) or [""])[0]
+    renamed, unused = {}, []
     for name, tensor in weights.items():
-        if not re.match(unused, name):
-            for pattern, replacement in table.items():
-                name = re.sub(pattern, replacement, name)
-            renamed[name] = tensor.float()
+        name = name.removeprefix(prefix)
+        if re.match(UNUSED, name):
+            unused.append(name)
+            continue
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    if prefix or unused:
+        print(f"took the prefix {prefix!r} off all names; not used: {unused}"[:300], file=sys.stderr)
     return renamed
 
 
-def count_blocks(weights: dict[str, Tensor]) -> int:
-    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+def fold_layer_scale(weights: dict[str, Tensor]) -> None:
+    """Merge LayerScale, a factor on the output of each branch in DINOv2, into the rows of the branch's last matrix."""
+    for name in [name for name in weights if name.endswith(".gamma")]:
+        gamma = weights.pop(name)
+        last = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        weights[f"{last}.weight"] = gamma[:, None] * weights[f"{last}.weight"]
+        weights[f"{last}.bias"] = gamma * weights[f"{last}.bias"]
+
+
+def join_query_key_value(weights: dict[str, Tensor]) -> None:
+    """Join the three matrices in a BERT's files to the one that `Attention` has."""
+    for name in [name for name in weights if ".attention.self.query." in name]:
+        parts = [weights.pop(name.replace("query", part), torch.zeros(0)) for part in ("query", "key", "value")]
+        weights[name.replace("attention.self.query", "attn.qkv")] = torch.cat(parts)
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Positions [1, 1 + n², D] of an n×n grid of patches -> [1, 1 + side², D].
+    """Resize positions [1, 1 + n², D] of an n×n grid of patches -> [1, 1 + side², D].
 
-    Bicubic with antialias, as timm does. DINOv2's own code uses no antialias and an offset of 0.1: the two
+    We do it bicubically with antialias, as timm does. DINOv2's own code uses no antialias and an offset of 0.1: the two
     differ, and a feature made with one is not quite the feature made with the other.
     """
     n = math.isqrt(positions.shape[1] - 1)
-    if n == side:
+    if n == side or n ** 2 != positions.shape[1] - 1:  # not a square: `load_checked` refuses it
         return positions
     grid = positions[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)  # [1, D, n, n]
     grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def check_total(own: dict[str, Tensor], given: dict[str, Tensor], origin: str | Path) -> None:
-    """Raise InputError unless names and shapes are equal: nothing missing, nothing left over."""
-    shapes = [name for name in own if name in given and own[name].shape != given[name].shape]
-    problems = {"missing": own.keys() - given.keys(), "unexpected": given.keys() - own.keys(), "misshapen": shapes}
-    found = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
-             for what, names in problems.items() if names]
-    if found:
-        raise InputError(f"{origin}: {'; '.join(found)} of {len(own)} tensors; this is not the model it is read as")
-
-
-def fill(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str) -> Encoder:
-    """Load all weights or none, note where they came from, say so in a line."""
-    check_total(encoder.state_dict(), weights, path)
+def load_checked(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str, also: str = "") -> Encoder:
+    """Load all weights or none, note where they came from, and say so in a line."""
+    check_same_tensors(encoder.state_dict(), weights, path)
+    for key, tensor in weights.items():
+        if (tensor.dtype, tensor.layout) != (torch.float32, torch.strided) or not tensor.isfinite().all():
+            raise InputError(f"{path}: {key} is sparse, or quantised ({tensor.dtype}), or not finite; get the weights of "
+                             "the release")
     encoder.load_state_dict(weights)
-    encoder.source = {"name": str(name), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    print(f"loaded {len(weights)} tensors, {count(encoder)[0]:,} parameters, from {path}", file=sys.stderr)
+    encoder.source = {"name": str(name), "sha256": sha256(path)}
+    print(f"loaded {len(weights)} tensors, {count(encoder)[0]:,} parameters, from {path}{also}", file=sys.stderr)
     return encoder.eval()
 
 
+def check_same_tensors(expected: dict[str, Tensor], given: dict[str, Tensor], origin: str | Path) -> None:
+    """Raise InputError unless names and shapes are equal: nothing missing, nothing left over."""
+    problems = {"missing": expected.keys() - given.keys(), "unexpected": given.keys() - expected.keys(), "misshapen": {
+        name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape}}
+    found = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
+             for what, names in problems.items() if names]
+    if found:
+        raise InputError(f"{origin}: {'; '.join(found)} of {len(expected)} tensors; it is not for this model")
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickle, which is opened with weights_only=True."""
+    """Read the tensors of a .safetensors file, or of a pickle opened with weights_only=True."""
+    regular_file(path)
     try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(weights, dict) and all(isinstance(t, Tensor) for t in weights.values()):
-            return weights
-        wrong = "it holds something else than named tensors"
+        safe = path.suffix == ".safetensors"
+        weights = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        while entry := next((e for e in ENTRIES if isinstance(weights.get(e), dict)), None):
+            print(f"{path}: took the entry {entry!r}", file=sys.stderr)
+            weights = weights[entry]
+        return {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
     except Exception as error:  # what torch.load and json raise for a damaged file is of many types
         with path.open("rb") as file:
-            start = file.read(200).lstrip()
-        if not start:
-            wrong = "it is empty"
-        elif start.startswith(b"<"):
-            wrong = "it is a web page, not the file that the page links to"
-        elif start.startswith(b"version https://git-lfs"):
-            wrong = "it is a git-LFS pointer (run `git lfs pull`)"
-        else:
-            wrong = f"it is cut short or of another format ({(str(error) or repr(error)).splitlines()[0][:100]})"
-    raise InputError(f"{path}: not a file of weights: {wrong}; give the file of the release, or download it again")
+            start = file.read(24)
+        raise InputError(f"{path}: not a file of named tensors, or cut short ({str(error)[:100] or repr(error)}); it "
+                         f"begins with {start!r}. A web page or a git-LFS pointer (run `git lfs pull`) stands for "
+                         "another file: get that one. Else download it again") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; the data, where offsets start at 0."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    """Read u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; then the data, from offset 0."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+              "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
     data = bytearray(path.read_bytes())
     first = 8 + int.from_bytes(data[:8], "little")  # where the data begin
     header = json.loads(data[8:first])
@@ -655,69 +682,59 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def cache_folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
+def read_config(path: Path) -> dict:
+    """Read a config.json."""
+    try:
+        return dict(json.loads(regular_file(path).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a file of settings ({error})") from None
 
 
-def find_vit(name: str) -> Path:
-    """The file of a vision encoder: a path, or a name of `VISION` in the cache, or downloaded there."""
+def regular_file(path: Path) -> Path:
+    """Return the path of a regular file; a named pipe would wait for ever, and a device can be endless."""
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def find_vit(name: str) -> tuple[Path, dict]:
+    """Return the file of a vision encoder, and its config.json if it has one."""
+    if name in VISION and not Path(name).exists():
+        url, digest = VISION[name]
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), digest)  # nothing half-written stays
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"could not download {url} ({error}); without a network, put it at {path}") from None
+        if not sha256(regular_file(path)).startswith(digest):
+            raise InputError(f"{path} is damaged: its sha256 does not begin with {digest}; delete it to download it anew")
+        return path, {}
+    path = find(name, f"a name among {', '.join(VISION)}")
+    return (path / "model.safetensors", read_config(path / "config.json")) if path.is_dir() else (path, {})
+
+
+def find(name: str, other: str, formats: tuple = ("model.safetensors",), revision: str | None = None) -> Path:
+    """Return a local file or folder, or else the folder of a hub id with weights in the first format that it has."""
     path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if name not in VISION:
-        raise InputError(f"vision encoder {name!r}: no such file, nor one of the names {', '.join(VISION)}")
-    url, sha256 = VISION[name]
-    return download(url, cache_folder() / url.rsplit("/", 1)[1], sha256)
-
-
-def find_bert(name: str) -> Path:
-    """The folder of a text encoder: a path, or a hub id in the cache, or downloaded there."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    repo = BERT_BASE if name == "bert-base-uncased" else str(name)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
-        raise InputError(f"text encoder {name!r}: no such folder, nor a hub id (owner/name) or bert-base-uncased")
-    revision, hashes = (BERT_BASE_REVISION, BERT_BASE_HASHES) if repo == BERT_BASE else ("main", {})
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url, folder = f"{endpoint}/{repo}/resolve/{revision}", cache_folder() / repo.replace("/", "--")
-
-    for choice in (["config.json"], ["model.safetensors", "pytorch_model.bin"], ["tokenizer.json", "vocab.txt"]):
-        if any((folder / file).exists() for file in choice):
-            continue
-        for file in choice:
-            try:
-                if file == "vocab.txt":  # alone, it does not say whether letters are lowered
-                    with contextlib.suppress(NoSuchFile):
-                        download(f"{url}/tokenizer_config.json", folder / "tokenizer_config.json")
-                download(f"{url}/{file}", folder / file, hashes.get(file, ""))
-                break
-            except NoSuchFile:  # try the other format
-                if file == choice[-1]:
-                    raise
-            except InputError as error:
-                raise InputError(f"{error}; it needs config.json, model.safetensors and tokenizer.json there") from None
-    return folder
-
-
-def download(url: str, path: Path, sha256: str = "") -> Path:
-    """Fetch url to path unless it is there: complete and, where its hash is known, checked; or not at all."""
     if path.exists():
         return path
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes may want it too
-    print(f"downloading {url} to {path}", file=sys.stderr)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"{name!r}: no such file or folder here; expected one, or a hub id (owner/name), or {other}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20) as reply:
-            length = reply.headers["Content-Length"]
-        torch.hub.download_url_to_file(url, str(partial), sha256 or None, progress=sys.stderr.isatty())
-        if length and partial.stat().st_size != int(length):
-            raise OSError(f"{partial.stat().st_size:,} of {int(length):,} bytes arrived")
-        os.replace(partial, path)
-    except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        # URLError and HTTPError are OSErrors; a wrong hash is a RuntimeError, an unknown kind of address a ValueError
-        partial.unlink(missing_ok=True)
-        if getattr(error, "code", None) in (401, 403, 404):  # hubs answer 401 to a name that they do not know
-            raise NoSuchFile(f"{url} does not exist, or not for everybody ({error}); check the name") from None
-        raise InputError(f"could not download {url} ({error}); without a network, put that file at {path}") from None
-    return path
+        from huggingface_hub import snapshot_download  # `tokenizers` depends on it
+
+        for weights in formats:
+            files = [weights, "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+            if (path / weights).exists():
+                break
+        return path
+    except Exception as error:  # of many types: no network, no such name, no right to it
+        raise InputError(f"could not get {name} from the Hugging Face hub ({str(error).strip().partition(chr(10))[0]}); "
+                         "without a network, give a folder with its weights, config.json and tokenizer.json") from None
