@@ -55,6 +55,9 @@ class InputError(ValueError):
 # The method: three kinds of prompts, the mixture of prompt experts, the importance loss
 
 
+ROUTER_SPEED = 4  # our choice: at a learning rate of 0.003, a step of Adam moves a router's logits by about 0.1
+
+
 class ConditionalPrompts(nn.Module):
     """Turn psi, the feature of the prior modality, into prompts for every layer of the main encoder (paper A).
 
@@ -74,11 +77,10 @@ class ConditionalPrompts(nn.Module):
         self.static = uniform(init_bound, layers, n_static, dim) if n_static else None
         self.experts = uniform(init_bound, layers, self.k, n_dynamic, dim) if self.k else None
 
-        # All routers are one matrix. We start it small: divided by a temperature of 0.1, logits of ordinary
-        # size would saturate the softmax at once. (On the toy of the README a start of 1 did as well.)
+        # The routers of all layers are one matrix. Logits start with a standard deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
-            nn.init.normal_(self.router.weight, std=0.02)
+            nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)
 
         # The sources give no width of the mapper. With 16, 0.74 % of ViT-B/16 + BERT-base is trained in all.
         self.mapper = nn.Sequential(
@@ -91,7 +93,11 @@ class ConditionalPrompts(nn.Module):
         """
         if self.router is None:
             return (psi.new_ones(psi.shape[0], self.layers, 1),) * 2
-        logits = self.router(psi).view(-1, self.layers, self.k) / self.temperature
+        # A step of Adam moves every weight by about the learning rate, so a logit by up to that times the sum of |psi|,
+        # which grows with D_y: undivided, the softmax would saturate within an epoch and stand still. Divided by D_y
+        # (the 1/fan-in rule of muP, arXiv 2203.03466), start and speed of the routers are the same for any encoder.
+        scaled = psi * (ROUTER_SPEED / psi.shape[-1])
+        logits = self.router(scaled).view(-1, self.layers, self.k) / self.temperature
         # Noise is for training only. Of its size we know just the 1/k² in the code for paper B.
         noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
         return (logits + noise).softmax(-1), logits.softmax(-1)
