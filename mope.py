@@ -139,12 +139,17 @@ def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
     return torch.where(cv2 < threshold, cv2.detach(), cv2).mean()
 
 
-def effective_experts(routing: Tensor) -> Tensor:
+def experts_used(routing: Tensor) -> Tensor:
     """Return exp(entropy of the mean routing) of each layer: k if all experts are used alike, 1 if degenerate.
 
     routing [B, L, k] -> [L].
     """
     return torch.special.entr(routing.float().mean(0)).sum(-1).exp()
+
+
+def experts_per_sample(routing: Tensor) -> Tensor:
+    """Return exp(mean entropy of the routing of a sample) of each layer: 1 if each sample is sent to one expert."""
+    return torch.special.entr(routing.float()).sum(-1).mean(0).exp()
 
 
 # ---------------------------------------------------------------------------------------------------------

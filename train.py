@@ -54,7 +54,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import data
-from mope import BERT, InputError, MoPE, ViT, count, effective_experts, load_bert, load_vit, regular_file
+from mope import BERT, InputError, MoPE, ViT, count, experts_per_sample, experts_used, load_bert, load_vit, regular_file
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -262,10 +262,11 @@ def epoch_line(run: Run, metric: str) -> str:
     at, config = run.progress, run.config
     line, validation = at.log[-1], at.log[-1]["validation"]
     images = at.epoch * run.splits["train"].steps(config["batch_size"]) * config["batch_size"]
-    used = validation.get("effective_experts")
+    used, each = validation.get("experts_used"), validation.get("experts_per_sample")
     return (f"epoch {at.epoch}/{config['epochs']}  train loss {line['train_loss']:.4f}  validation {metric} "
             f"{validation[metric]:.4f}  loss {validation['loss']:.4f}  "
-            + (f"experts used {min(used):.1f}-{max(used):.1f} of {config['experts']}  " if used else "")
+            + (f"experts used {min(used):.1f}-{max(used):.1f} of {config['experts']}, by a sample {min(each):.1f}-"
+               f"{max(each):.1f}  " if used else "")
             + f"{images / at.seconds:.1f} images/s")
 
 
@@ -299,8 +300,9 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
                          f"{run.config['precision']} (try --precision float32)")
     result = metrics(logits, labels, pairs.classes)
     if routing.numel():
-        result["effective_experts"] = [round(e, 3) for e in effective_experts(routing).tolist()]
-        result["busiest_expert"] = [round(share, 3) for share in routing.mean(0).amax(-1).tolist()]
+        for name, values in (("experts_used", experts_used(routing)), ("busiest_expert", routing.mean(0).amax(-1)),
+                             ("experts_per_sample", experts_per_sample(routing))):
+            result[name] = [round(value, 3) for value in values.tolist()]  # one a layer
     damaged = data.check_damaged(gather(damaged), pairs.samples, split)
     return result, dict(logits=logits, labels=labels, routing=routing, damaged=damaged)
 
@@ -444,7 +446,7 @@ def summarize(folders: list[Path]) -> str:
     keys = [k for k in configs[0] if len({str(c.get(k)) for c in configs}) > 1
             and (k in ("dataset", "method") or any(c.get(k) != d.get(k) for c, d in zip(configs, defaults)))]
     scores = [name for name in SCORES if any(name in r["test"] for runs in rows.values() for r, _ in runs)]
-    columns = {"effective_experts": "experts used", "busiest_expert": "busiest"}
+    columns = {"experts_used": "experts used", "experts_per_sample": "per sample", "busiest_expert": "busiest"}
     table = [[*keys, "trainable", *(f"test {name}" for name in scores), *columns.values(), "seeds"]]
     table.append(["---"] * len(table[0]))
 
