@@ -34,7 +34,8 @@ from mope import BERT, InputError, regular_file
 GREY = (124, 116, 104)  # stands for an image that is missing or damaged: ImageNet's mean colour
 MAX_BAD, BAD_IN_ANY_CASE = 0.01, 3  # a split's images that may be missing or damaged: this share, or this many
 HELD_OUT = 0.1  # share of training that becomes validation where a data set has none
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # Pillow runs a program for EPS
+Image.init()  # fills OPEN; "JPEG" opens MPO too. Others are not opened: for EPS, Pillow would run a program
+FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if f in Image.OPEN]
 
 
 class Sample(NamedTuple):
@@ -582,8 +583,8 @@ def check_damaged(damaged: list[str], samples: list[Sample], split: str) -> list
     if damaged and len(damaged) > min(count - 1, max(MAX_BAD * count, BAD_IN_ANY_CASE)):
         listed = "\n  ".join(damaged[:10])
         raise InputError(f"{len(damaged)} of {count:,} images of {split} are missing or cannot be read, more than "
-                         f"{MAX_BAD:.0%} (or {BAD_IN_ANY_CASE}, or all); download them again or take their rows out. The "
-                         f"first:\n  {listed}")
+                         f"{MAX_BAD:.0%} or {BAD_IN_ANY_CASE}; download them again or take their rows out. The first:"
+                         f"\n  {listed}")
     return damaged
 
 
