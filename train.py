@@ -115,6 +115,7 @@ class Run:
     splits: dict[str, data.Pairs] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     loaders: dict[str, DataLoader] = field(default_factory=dict)
+    network: torch.nn.Module | None = None  # the model, or what lets the processes average its gradients
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     progress: Progress = field(default_factory=Progress)
@@ -154,10 +155,16 @@ def train(run: Run, state: dict | None) -> None:
         (p for p in run.model.parameters() if p.requires_grad), lr=config["lr"], weight_decay=config["weight_decay"],
         fused=device.type in ("cpu", "cuda"))
     run.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)  # otherwise it does nothing
-    with only_process_in(run.out), orderly_stop(run):
+    run.network = run.model
+    if WORLD > 1:  # signals, losses and metrics go over the CPU (`start_processes`), gradients from GPU to GPU
+        group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        run.network = DistributedDataParallel(run.model, process_group=group, broadcast_buffers=False,
+                                              gradient_as_bucket_view=True)
+    with lock(run.out), orderly_stop(run):
         if state:
             restore(run, state)
         else:
+            check_new(run.out)  # once more: another run may have ended here meanwhile
             save(run, "last.pt")
         loop(run)
         finish(run)
@@ -165,10 +172,9 @@ def train(run: Run, state: dict | None) -> None:
 
 def loop(run: Run) -> None:
     config, model, at, pairs = run.config, run.model, run.progress, run.splits["train"]
-    optimizer, scaler, accumulate = run.optimizer, run.scaler, config["accumulate"]
+    optimizer, scaler, network, accumulate = run.optimizer, run.scaler, run.network, config["accumulate"]
     epochs, steps = config["epochs"], pairs.steps(config["batch_size"])
     trainable = optimizer.param_groups[0]["params"]
-    network = parallel(model, run.device)
     metric = "f1_micro" if pairs.multilabel else "accuracy"
 
     while at.epoch < epochs:
@@ -186,7 +192,8 @@ def loop(run: Run) -> None:
             for micro in range(accumulate):
                 batch = next(micro_batches)
                 if batch["damaged"]:
-                    at.damaged["train"] = data.check_damaged(at.damaged["train"] + batch["damaged"], pairs.samples, "train")
+                    damaged = at.damaged["train"] + batch["damaged"]
+                    at.damaged["train"] = data.check_damaged(damaged, pairs.samples, "train")
                 if WORLD > 1:  # only the last backward pass has to average gradients; DDP's no_sync() sets the same
                     network.require_backward_grad_sync = micro == accumulate - 1
                 part = run.loss(batch, network) / accumulate
@@ -258,16 +265,13 @@ def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float,
 
 
 def epoch_line(run: Run, metric: str) -> str:
-    """Return what is printed after an epoch."""
-    at, config = run.progress, run.config
-    line, validation = at.log[-1], at.log[-1]["validation"]
-    images = at.epoch * run.splits["train"].steps(config["batch_size"]) * config["batch_size"]
-    used, each = validation.get("experts_used"), validation.get("experts_per_sample")
-    return (f"epoch {at.epoch}/{config['epochs']}  train loss {line['train_loss']:.4f}  validation {metric} "
-            f"{validation[metric]:.4f}  loss {validation['loss']:.4f}  "
-            + (f"experts used {min(used):.1f}-{max(used):.1f} of {config['experts']}, by a sample {min(each):.1f}-"
-               f"{max(each):.1f}  " if used else "")
-            + f"{images / at.seconds:.1f} images/s")
+    at, c, line = run.progress, run.config, run.progress.log[-1]
+    scores, images = line["validation"], at.epoch * run.splits["train"].steps(c["batch_size"]) * c["batch_size"]
+    routing = [f"{what} {min(scores[key]):.1f}-{max(scores[key]):.1f}" for key, what in
+               (("experts_used", "experts used"), ("experts_per_sample", "by each sample")) if key in scores]
+    return "  ".join([f"epoch {at.epoch}/{c['epochs']}", f"train loss {line['train_loss']:.4f}", f"validation {metric} "
+                      f"{scores[metric]:.4f}", f"loss {scores['loss']:.4f}", *routing,
+                     f"{images / at.seconds:.1f} images/s"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -286,7 +290,8 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
         if run.stop_signals and WORLD == 1:
             raise Stopped(run.stop_signals[0])
         logits, routing, _, labels = run.forward(batch)
-        rows.append((batch["index"], logits, labels, logits.new_zeros(len(logits), 0, 0) if routing is None else routing))
+        routing = logits.new_zeros(len(logits), 0, 0) if routing is None else routing
+        rows.append((batch["index"], logits, labels, routing))
         damaged += batch["damaged"]
 
     # They stay on the device up to here; of several processes, each had its own samples.
@@ -295,9 +300,9 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
     order = index.argsort()
     logits, labels, routing = logits[order], labels[order], routing[order]
     if not logits.isfinite().all():
-        raise InputError(f"{(~logits.isfinite()).any(-1).sum()} of {len(logits)} samples of {split} get logits that are "
-                         "not finite: the weights have diverged (start anew with a lower --lr), or overflow in "
-                         f"{run.config['precision']} (try --precision float32)")
+        raise InputError(f"{(~logits.isfinite()).any(-1).sum()} of {len(logits)} samples of {split} get logits that are not "
+                         f"finite: the weights diverged (start anew with a lower --lr), or {run.config['precision']} is too "
+                         "narrow (try --precision float32)")
     result = metrics(logits, labels, pairs.classes)
     if routing.numel():
         for name, values in (("experts_used", experts_used(routing)), ("busiest_expert", routing.mean(0).amax(-1)),
@@ -434,12 +439,13 @@ def summarize(folders: list[Path]) -> str:
     rows = defaultdict(list)
     for folder in folders:
         try:
-            config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
+            config, results = (json.loads(regular_file(folder / name).read_text("utf-8"))
+                               for name in ("config.json", "results.json"))
             config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed")}
-            by_default = default_config(config["dataset"], config["method"])
+            by_default = vars(parse(["--dataset", config["dataset"], "--method", config["method"]]))
             _ = results["trainable_parameters"] / results["total_parameters"], results["seed"], results["test"].keys()
-        except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise InputError(f"{folder}: not a finished run of this version ({error!r})") from None
+        except Exception as error:  # files of other programs fail in many ways
+            raise InputError(f"{folder}: not the folder of a finished run of this version ({error})") from None
         rows[json.dumps(config)].append((results, by_default))
 
     configs, defaults = [json.loads(key) for key in rows], [runs[0][1] for runs in rows.values()]
@@ -629,8 +635,7 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
 ACTIONS = ("out", "checkpoint", "eval", "predict", "resume", "summarize", "benchmark")
 # A resumed or evaluated run may go on in another place, on another machine or in another manner; all else has to stay.
 MAY_CHANGE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile", "precision")
-# Runs that differ only in these are one row of a table. (Accumulated steps are not: router noise and importance loss are
-# those of a micro-batch.)
+# Runs that differ only in these make one row of a table. (Not --accumulate: noise and importance loss are per micro-batch.)
 INCIDENTAL = ("device", "workers", "compile")
 
 
@@ -647,8 +652,7 @@ def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namesp
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\nContents")[0], parents=[first], allow_abbrev=False,
         formatter_class=type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
-    for add_flags in (add_data_and_model_flags, add_training_flags, add_run_flags):
-        add_flags(parser.add_argument, dataset)
+    add_flags(parser.add_argument, dataset)
     parser.set_defaults(**DEFAULTS[dataset])
     prompts = parser.get_default("static") + parser.get_default("dynamic") + 1
     parser.set_defaults(**{k: prompts if v == AS_MANY_AS_MOPE else v for k, v in METHODS[known.method].items()})
@@ -656,8 +660,11 @@ def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namesp
     return parser.parse_args(argv)
 
 
-def add_data_and_model_flags(flag, dataset: str) -> None:
-    flag("--data-dir", type=home, default=f"data/{dataset}", help="the data set's folder")
+def add_flags(flag, dataset: str) -> None:
+    switch = argparse.BooleanOptionalAction
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # data and model
+    flag("--data-dir", default=f"data/{dataset}", help="the data set's folder")
     flag("--train-size", type=float, help="train on N samples, or on a fraction below 1, drawn by --seed")
     flag("--text-length", type=at_least(3), help="word pieces kept of a text; lower it if memory runs out")
     flag("--vision", default="vit_b_16", help="vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, a file of such "
@@ -670,38 +677,32 @@ def add_data_and_model_flags(flag, dataset: str) -> None:
     flag("--experts", type=at_least(0), default=16, help="prompt experts a layer")
     flag("--dynamic", type=at_least(0), default=6, help="prompts that an expert holds")
     flag("--temperature", type=at_least(1e-6, float), default=0.1, help="of the router's softmax")
-    flag("--mapped", action=argparse.BooleanOptionalAction, default=True,
-         help="one prompt a layer mapped from the other modality")
+    flag("--mapped", action=switch, default=True, help="one prompt a layer mapped from the other modality")
     flag("--mapper", type=at_least(1), default=16, help="hidden width of the MLP that maps it")
     flag("--prior-prompts", type=at_least(0), default=4, help="learned prompts a layer of the prior encoder")
     flag("--head", choices=("both", "main"), default="both", help="whose features the classifier sees")
-    flag("--finetune", action=argparse.BooleanOptionalAction, default=False, help="train the encoders too")
+    flag("--finetune", action=switch, default=False, help="train the encoders too")
     flag("--importance", type=at_least(0, float), default=0.01, help="weight of the importance loss")
-
-
-def add_training_flags(flag, dataset: str) -> None:
+    # training
     flag("--epochs", type=at_least(1), help="passes over the training samples")
     flag("--batch-size", type=at_least(1), help="samples a step, over all processes and micro-batches")
     flag("--accumulate", type=at_least(1), default=1, help="micro-batches a step; raise it if memory runs out")
     flag("--lr", type=at_least(0, float), help="peak, after a warm-up over 5 %% of the steps; then a cosine to zero")
     flag("--weight-decay", type=at_least(0, float), default=1e-3, help="of AdamW")
     flag("--seed", type=at_least(0), default=0, help="of everything random in training")
+    # machine
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first that is there")
     flag("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of matrix products; "
          "auto: on GPUs bfloat16 where they are fast at it, else float16; float32 elsewhere")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
-         help="torch.compile: faster steps after several minutes")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flag("--compile", action=switch, default=False, help="torch.compile: faster steps after several minutes")
     flag("--workers", type=at_least(0), default=min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
          help="processes that read images; 0 reads in the main one")
-
-
-def add_run_flags(flag, dataset: str) -> None:
-    flag("--out", type=folder, default=Path("runs", dataset), help="folder of the run")
+    # runs
+    flag("--out", type=Path, default=Path("runs", dataset), help="folder of the run")
     flag("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for:")
     flag("--eval", action="store_true", help="evaluate it on the test split")
     flag("--predict", nargs="+", metavar=("ROWS.jsonl", "IMAGE TEXT"), help="score the rows of a file (image, relative to "
-         "the file, and text; no label needed) into predictions.csv beside it, or one pair of IMAGE and TEXT")
+         "it, and text) into predictions.csv beside it, or one pair: IMAGE TEXT")
     flag("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     flag("--summarize", nargs="+", metavar="RUN", type=Path, help="finished runs as a Markdown table")
 
@@ -717,21 +718,6 @@ def at_least(least: float, kind: type = int):
     return convert
 
 
-def home(text: str) -> str:
-    return os.path.expanduser(text)
-
-
-def folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a folder, found nothing")
-    return Path(home(text))
-
-
-def default_config(dataset: str, method: str) -> dict:
-    args = vars(parse(["--dataset", dataset, "--method", method]))
-    return {key: value for key, value in args.items() if key not in ACTIONS}
-
-
 def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | None]:
     """Return the command line, the run's whole configuration, and the checkpoint to go on from (or None)."""
     args, state = parse(argv), None
@@ -739,8 +725,9 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
         raise InputError("--checkpoint FILE goes with --eval or --predict")
     if sum(map(bool, (args.checkpoint, args.resume, args.summarize, args.benchmark))) > 1 or args.eval and args.predict:
         raise InputError("give one of --eval, --predict, --resume, --summarize and --benchmark")
-    if len(args.predict or ()) > 2:
-        raise InputError(f"--predict takes a file of rows, or an image and a text in quotes; found {args.predict}")
+    if len(args.predict or ()) > 2 or args.out == Path():
+        raise InputError("--predict takes a file of rows, or an image and a text in quotes" if args.predict else
+                         "--out is empty; give the run a folder of its own")
     path = args.checkpoint or args.resume and args.resume / "last.pt"
     if path:
         [state] = gather([load_checkpoint(path)] if RANK == 0 else [])  # the others may have no access to the file
@@ -805,7 +792,7 @@ def save(run: Run, name: str) -> None:
 
 def restore(run: Run, state: dict) -> None:
     """Go on from a checkpoint."""
-    check_unchanged(run, state)
+    check_unchanged(run, state, list(digests(run)))
     run.model.load_trained_state(state["trained"])
     try:
         run.optimizer.load_state_dict(state["optimizer"])
@@ -823,11 +810,12 @@ def digests(run: Run) -> dict[str, str]:
     return {"tokenizer": tokenizer, **{f"{name} split": pairs.digest for name, pairs in run.splits.items()}}
 
 
-def check_unchanged(run: Run, state: dict, only: str = "") -> None:
-    for what, digest in digests(run).items():
-        if what.startswith(only) and state["digests"].get(what) != digest:
-            raise InputError(f"the {what} is not the one that {run.out} began with ({digest}, not "
-                             f"{state['digests'].get(what)}); give --data-dir or --text with that, or start a new run")
+def check_unchanged(run: Run, state: dict, parts: list[str]) -> None:
+    now, then = digests(run), state["digests"]
+    for part in parts:
+        if now[part] != then.get(part):
+            raise InputError(f"the {part} is not what {run.out} began with ({now[part]}, not {then.get(part)}); give "
+                             "--data-dir or --text with that, or start a new run")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -840,13 +828,6 @@ def load_checkpoint(path: Path) -> dict:
         return {**state, "config": config, "trained": trained, "digests": digests_, "classes": list(state["classes"])}
     except Exception as error:  # whatever a damaged file, or one of another program, makes of torch.load
         raise InputError(f"{path}: not a checkpoint of this version of train.py ({str(error)[:200]})") from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(regular_file(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); expected the folder of a run") from None
 
 
 def write(path: Path, content: str | dict | Image.Image) -> None:
@@ -875,29 +856,26 @@ def write(path: Path, content: str | dict | Image.Image) -> None:
         raise
 
 
-def check_new_folder(out: Path) -> None:
+def check_new(out: Path) -> None:
     """Raise InputError if the folder holds anything that a run would write over."""
     for name in ("config.json", "last.pt", "best.pt", "log.jsonl", "results.json", "predictions.csv"):
         if (out / name).exists():
-            raise InputError(f"{out} holds {name} already, and nothing is written over: continue that run with --resume "
-                             f"{out}, remove it, or give another --out")
+            raise InputError(f"{out} holds {name} already, and nothing is written over: continue that run with "
+                             f"--resume {out}, remove it, or give another --out")
 
 
-@contextlib.contextmanager
-def only_process_in(out: Path):
-    """Refuse a second run in one folder. The lock ends with its process, even with one that is killed."""
+def lock(out: Path) -> io.TextIOWrapper:
+    """Refuse a second run in one folder while the file returned is open. The lock ends with its process, however."""
     out.mkdir(parents=True, exist_ok=True)
-    if RANK > 0 or fcntl is None:
-        yield
-        return
-    with (out / "lock").open("w") as file:
-        try:
+    file = (out / "lock").open("w")
+    try:
+        if RANK == 0 and fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit it
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"another process is training in {out}; wait for it, or give another --out") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another process is training in {out}; wait for it, or give another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -905,7 +883,7 @@ def only_process_in(out: Path):
 
 
 def start_processes() -> None:
-    """Let the processes of torchrun talk, over the CPU; gradients on GPUs have a group of their own (`parallel`)."""
+    """Let the processes of torchrun talk."""
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if WORLD > 1 and missing:
@@ -916,14 +894,6 @@ def start_processes() -> None:
                          "task a node, and in it torchrun --nproc_per_node=N train.py (for a single process, unset it)")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
-
-
-def parallel(model: MoPE, device: torch.device) -> torch.nn.Module:
-    """Return the model, or under torchrun one whose gradients are averaged over the processes."""
-    if WORLD == 1:
-        return model
-    group = dist.new_group(backend="nccl") if device.type == "cuda" else None
-    return DistributedDataParallel(model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def say(*words: object) -> None:
@@ -1002,7 +972,7 @@ def main(argv: list[str] | None = None) -> None:
     if config["dataset"] == "shapes":
         torch.set_num_threads(1)  # its matrices are tiny: beside any other load, waiting for a second thread is slow
     if not (state or args.benchmark):
-        check_new_folder(args.out)
+        check_new(args.out)
 
     # Data first: a missing folder is found before any model is built.
     if args.predict:
@@ -1031,7 +1001,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.resume or not state:
         train(run, state)
     else:
-        check_unchanged(run, state, only="tokenizer")
+        check_unchanged(run, state, ["tokenizer"])
         run.model.load_trained_state(state["trained"])
         if args.predict:
             predict(run, args.predict)
@@ -1091,7 +1061,7 @@ def cli() -> int:
 
 
 def leave(code: int) -> None:
-    """End the process without waiting: neither for workers, which ignore SIGTERM, nor for other processes' collectives."""
+    """End this process without waiting for its workers, which ignore SIGTERM, or for other processes."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
