@@ -127,7 +127,7 @@ class Layout:
         """Return all samples of a split. Images that do not exist are noted, and left out of training."""
         samples = list(self.read(split))
         images = {s.image for s in samples if isinstance(s.image, Path)}
-        missing = sorted(str(image) for image in images if not image.is_file())
+        missing = sorted(str(image) for image in images if not os.path.isfile(image))
         if missing:
             what = "left out of training" if split == "train" else "kept with a grey image"
             self.noted[split][f"images do not exist: {what}, for instance {missing[0]}"] = len(missing)
@@ -525,7 +525,7 @@ class Pairs(Dataset):
             file = ""
             if isinstance(image, Path):
                 if image not in sizes:
-                    sizes[image] = image.stat().st_size if image.is_file() else None
+                    sizes[image] = image.stat().st_size if os.path.isfile(image) else None
                 file = f"{image.name} {sizes[image]}"
             seen.update(repr((name, file, *self.sample(i)[2:])).encode())
         return f"{len(self)} samples, {seen.hexdigest()[:12]}"

@@ -230,8 +230,8 @@ class MoPE(nn.Module):
         if self.one_modality:
             psi = torch.zeros(x.shape[0], self.prior.dim, dtype=dtype, device=x.device)
         else:
-            p = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-            psi = self.prior(y, None if p is None else p.unsqueeze(1).expand(-1, y.shape[0], -1, -1)).to(dtype)
+            given = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+            psi = self.prior(y, None if given is None else given.unsqueeze(1).expand(-1, y.shape[0], -1, -1)).to(dtype)
 
         exact = torch.autocast(psi.device.type, enabled=False)  # in the precision of the trained weights
         with exact:
@@ -286,9 +286,9 @@ class MoPE(nn.Module):
 
     def report(self) -> str:
         """Return a table of total, frozen and trainable parameters by part."""
-        p = self.prompts
+        made = self.prompts
         parts = {"main encoder": self.main, "prior encoder": self.prior, "prior prompts": self.prior_prompts,
-                 "static prompts": p.static, "experts": p.experts, "router": p.router, "mapper": p.mapper,
+                 "static prompts": made.static, "experts": made.experts, "router": made.router, "mapper": made.mapper,
                  "head": self.head, "all": self}
         lines = [f"{'parameters':<16}{'total':>14}{'frozen':>14}{'trainable':>14}"]
         for name, part in parts.items():
@@ -356,34 +356,34 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)  # one matrix, rows in the order q, k, v, as checkpoints store it
+        self.qkv = nn.Linear(dim, 3 * dim)  # one matrix, rows in the order query, key, value, as in checkpoints
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Let the queries of x [B, Nq, D] attend to the keys and values of context [B, Nk, D] -> [B, Nq, D]."""
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x, weight[:dim], bias[:dim])
-        k, v = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        query = F.linear(x, weight[:dim], bias[:dim])
+        key, value = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
 
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
-        out = attend(q, k, v, mask)
+        heads = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))  # [B, H, N, D/H]
+        out = attend(*heads, mask)
         return self.proj(out.transpose(1, 2).flatten(2))  # [B, H, Nq, D/H] -> [B, Nq, D]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return softmax(q kᵀ / √d) v for queries q [B, H, Nq, d], keys k and values v [B, H, Nk, d]; d = D/H.
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return softmax(query keyᵀ / √d) value for query [B, H, Nq, d], key and value [B, H, Nk, d]; d = D/H.
 
     mask [B, 1, 1, Nk]: True = this key is visible; None = all are.
     """
-    # We take PyTorch's fused kernel, except where the plain formula is faster (on a CPU with a backward pass: in float32
-    # they are equal) or safer (on Apple GPUs the kernel has misread masks that are broadcast over heads, pytorch#184180).
-    if q.device.type == "cuda" or (q.device.type == "cpu" and not k.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
+    # We take PyTorch's fused kernel, but for two cases. On a CPU with a backward pass it is no faster in float32 and
+    # slower in bfloat16; on Apple GPUs it has misread masks that are broadcast over heads (pytorch#184180).
+    if query.device.type == "cuda" or (query.device.type == "cpu" and not key.requires_grad):
+        return F.scaled_dot_product_attention(query, key, value, mask)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, H, Nq, Nk]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1) @ value
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -409,8 +409,8 @@ class Encoder(nn.Module):
             mask = mask[:, None, None]  # [B, 1, 1, N + P]
 
         prompts = [None] * self.depth if prompts is None else prompts.unbind()
-        for block, p in zip(self.blocks, prompts, strict=True):  # p [B, P, D]
-            x = block(x, p, mask, first if block is self.blocks[-1] else None)
+        for block, given in zip(self.blocks, prompts, strict=True):  # given [B, P, D]
+            x = block(x, given, mask, first if block is self.blocks[-1] else None)
         return x
 
 
@@ -498,7 +498,7 @@ class BERT(Encoder):
 # ---------------------------------------------------------------------------------------------------------
 # The method ends here. What follows finds, checks and renames pretrained weights; a first reading can skip it.
 #
-# A name is tried in order as a local path, in the cache, and as a download: ViTs with names of ours in the cache of
+# A name is tried in order as a local path, in the cache, and as a download: the names of `VISION` in the cache of
 # torch.hub, checked by hash; BERTs and timm's ViTs in that of huggingface_hub, bert-base-uncased at a fixed revision.
 
 TORCHVISION, DINOV2 = "https://download.pytorch.org/models/", "https://dl.fbaipublicfiles.com/dinov2/"
@@ -520,15 +520,16 @@ TORCHVISION_NAMES = {
     r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj",
     r"mlp\.(linear_1|0)\.": "mlp.fc1.", r"mlp\.(linear_2|3)\.": "mlp.fc2."}
 TIMM_NAMES = {r"^patch_embed\.proj": "patch_embed"}  # and DINOv2's
-BERT_NAMES = {  # old and new ones, with and without the prefix
-    r"^bert\.": "", r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "LayerNorm.bias",
+BERT_NAMES = {
+    r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "LayerNorm.bias",  # in older files
     r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
     r"attention\.output\.dense": "attn.proj", r"attention\.output\.LayerNorm": "norm1",
     r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"output\.LayerNorm": "norm2"}
-# What other programs put around an encoder: its tensors lie in such an entry, or have such prefixes; and its heads.
+# What other programs put around an encoder: its tensors can lie in such an entry and bear such prefixes (one of
+# FIRST_TENSORS shows which), and heads and the like, which have no use here, lie beside them.
 ENTRIES = ("model", "state_dict", "teacher", "student")
-PREFIXES = r"((module|_orig_mod|backbone|encoder|model|vit|bert|student|teacher)\.)+"
-FIRST_TENSORS = ("cls_token", "class_token", "embeddings.word_embeddings.weight")  # one of them shows the prefix
+PREFIXES = r"((module|_orig_mod|backbone|encoder|model|vit|bert|teacher|student)\.)+"
+FIRST_TENSORS = ("cls_token", "class_token", "embeddings.word_embeddings.weight")
 UNUSED = (r"(heads?|head_dist|fc|pre_logits|mask_token|cls|classifier|qa_outputs|pooler|lm_head|predictions|dropout|"
           r"seq_relationship|embeddings\.position_ids|embeddings\.token_type_ids)(\.|$)")
 
@@ -543,23 +544,28 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
     path, config = find_vit(name)
     weights = read_weights(path)
     try:
-        from_torchvision = any(key.endswith("class_token") for key in weights)
-        weights = rename(weights, TORCHVISION_NAMES if from_torchvision else TIMM_NAMES)
-        fold_layer_scale(weights)
+        torchvision = any(key.endswith("class_token") for key in weights)
+        weights = rename(weights, TORCHVISION_NAMES if torchvision else TIMM_NAMES)
+        # LayerScale multiplies the output of each branch in DINOv2; scaling the rows of its last matrix does the same.
+        for key in [key for key in weights if key.endswith(".gamma")]:
+            gamma, last = weights.pop(key), key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+            weights[f"{last}.weight"] = gamma[:, None] * weights[f"{last}.weight"]
+            weights[f"{last}.bias"] = gamma * weights[f"{last}.bias"]
         dim, _, patch_size, _ = weights["patch_embed.weight"].shape
         mlp_dim = len(weights["blocks.0.mlp.fc1.weight"])
         depth = len([key for key in weights if key.endswith(".attn.qkv.weight")])
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], image_size // patch_size)
-        given = config.get("pretrained_cfg", config)
-        pixels = {key: tuple(map(float, given[key])) for key in ("mean", "std") if key in given}
         heads = config.get("model_args", {}).get("num_heads") or HEADS.get(dim)
+        if heads is None:
+            raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(HEADS)}")
+        pixels = config.get("pretrained_cfg", config)
+        pixels = {key: tuple(map(float, pixels[key])) for key in ("mean", "std") if key in pixels}
+        vit = ViT(image_size, patch_size, dim, depth, heads, mlp_dim, **pixels)
+        weights["pos_embed"] = resize_positions(weights["pos_embed"], image_size // patch_size)
+    except InputError:
+        raise
     except Exception as error:  # files of other models fail here in many ways
         raise InputError(f"{path}: not a plain ViT of torchvision, DINOv2 or timm ({error!r})") from None
-    if heads is None:
-        raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(HEADS)}")
-
-    vit = ViT(image_size, patch_size, dim, depth, heads, mlp_dim, **pixels)
-    return load_checked(vit, weights, path, name, f", for pixels of mean {vit.mean} and std {vit.std}")
+    return load_checked(vit, weights, path, name, config, f", for pixels of mean {vit.mean} and std {vit.std}")
 
 
 def load_bert(name: str, pooling: str = "mean") -> BERT:
@@ -567,24 +573,28 @@ def load_bert(name: str, pooling: str = "mean") -> BERT:
     repo, revision = BERT_BASE if name == "bert-base-uncased" else (name, None)
     folder = find(repo, "bert-base-uncased", BERT_FORMATS, revision)
     path = next((folder / file for file in BERT_FORMATS if (folder / file).exists()), folder / BERT_FORMATS[0])
-    c = read_config(folder / "config.json")
-    kind = c.get("model_type", "bert"), c.get("hidden_act", "gelu"), c.get("position_embedding_type", "absolute")
+    config = read_config(folder / "config.json")
+    kind = tuple(config.get(key, usual) for key, usual in (("model_type", "bert"), ("hidden_act", "gelu"),
+                                                            ("position_embedding_type", "absolute")))
     if kind != ("bert", "gelu", "absolute"):
         raise InputError(f"{folder / 'config.json'}: {kind}; only ('bert', 'gelu', 'absolute') is implemented")
     weights = read_weights(path)
     try:
-        sizes = [c[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                    "intermediate_size", "max_position_embeddings", "type_vocab_size")]
-        eps, pad_id = float(c.get("layer_norm_eps", 1e-12)), int(c.get("pad_token_id") or 0)
+        sizes = [config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                         "intermediate_size", "max_position_embeddings", "type_vocab_size")]
+        eps, pad_id = float(config.get("layer_norm_eps", 1e-12)), int(config.get("pad_token_id") or 0)
         bert = BERT(*sizes, eps=eps, pad_id=pad_id, pooling=pooling)
         weights = rename(weights, BERT_NAMES)
-        join_query_key_value(weights)
+        # The files hold three matrices where `Attention` has one.
+        for key in [key for key in weights if ".attention.self.query." in key]:
+            parts = [weights.pop(key.replace("query", part), torch.zeros(0)) for part in ("query", "key", "value")]
+            weights[key.replace("attention.self.query", "attn.qkv")] = torch.cat(parts)
     except InputError:
         raise
     except Exception as error:  # odd sizes, and files of other models, fail here in many ways
         raise InputError(f"{folder}: not the configuration and weights of a BERT ({error!r})") from None
     bert.folder = folder
-    return load_checked(bert, weights, path, name)
+    return load_checked(bert, weights, path, name, config)
 
 
 def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
@@ -601,31 +611,16 @@ def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tenso
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     if prefix or unused:
-        print(f"took the prefix {prefix!r} off all names; not used: {unused}"[:300], file=sys.stderr)
+        took = f"took the prefix {prefix} off all names; " if prefix else ""
+        print(f"{took}not used: {', '.join(unused) or 'none'}"[:300], file=sys.stderr)
     return renamed
-
-
-def fold_layer_scale(weights: dict[str, Tensor]) -> None:
-    """Merge LayerScale, a factor on the output of each branch in DINOv2, into the rows of the branch's last matrix."""
-    for name in [name for name in weights if name.endswith(".gamma")]:
-        gamma = weights.pop(name)
-        last = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        weights[f"{last}.weight"] = gamma[:, None] * weights[f"{last}.weight"]
-        weights[f"{last}.bias"] = gamma * weights[f"{last}.bias"]
-
-
-def join_query_key_value(weights: dict[str, Tensor]) -> None:
-    """Join the three matrices in a BERT's files to the one that `Attention` has."""
-    for name in [name for name in weights if ".attention.self.query." in name]:
-        parts = [weights.pop(name.replace("query", part), torch.zeros(0)) for part in ("query", "key", "value")]
-        weights[name.replace("attention.self.query", "attn.qkv")] = torch.cat(parts)
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
     """Resize positions [1, 1 + n², D] of an n×n grid of patches -> [1, 1 + side², D].
 
-    We do it bicubically with antialias, as timm does. DINOv2's own code uses no antialias and an offset of 0.1: the two
-    differ, and a feature made with one is not quite the feature made with the other.
+    We do it bicubically with antialias, as timm does. DINOv2's own code uses no antialias and an offset of 0.1, and the
+    features are not quite the same.
     """
     n = math.isqrt(positions.shape[1] - 1)
     if n == side or n ** 2 != positions.shape[1] - 1:  # not a square: `load_checked` refuses it
@@ -635,15 +630,17 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def load_checked(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str, also: str = "") -> Encoder:
+def load_checked(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str, config: dict,
+                 also: str = "") -> Encoder:
     """Load all weights or none, note where they came from, and say so in a line."""
     check_same_tensors(encoder.state_dict(), weights, path)
     for key, tensor in weights.items():
         if (tensor.dtype, tensor.layout) != (torch.float32, torch.strided) or not tensor.isfinite().all():
-            raise InputError(f"{path}: {key} is sparse, or quantised ({tensor.dtype}), or not finite; get the weights of "
-                             "the release")
+            raise InputError(f"{path}: {key} is sparse, quantised ({tensor.dtype}) or not finite; get the weights as "
+                             "they were released")
     encoder.load_state_dict(weights)
-    encoder.source = {"name": str(name), "sha256": sha256(path)}
+    settings = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    encoder.source = {"name": str(name), "sha256": sha256(path), "config.json": settings}
     print(f"loaded {len(weights)} tensors, {count(encoder)[0]:,} parameters, from {path}{also}", file=sys.stderr)
     return encoder.eval()
 
@@ -659,12 +656,12 @@ def check_same_tensors(expected: dict[str, Tensor], given: dict[str, Tensor], or
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, or of a pickle opened with weights_only=True."""
+    """Read the tensors of a .safetensors file, or of a pickle opened with weights_only=True, in float32."""
     regular_file(path)
     try:
         safe = path.suffix == ".safetensors"
         weights = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        while entry := next((e for e in ENTRIES if isinstance(weights.get(e), dict)), None):
+        while entry := next((entry for entry in ENTRIES if isinstance(weights.get(entry), dict)), None):
             print(f"{path}: took the entry {entry!r}", file=sys.stderr)
             weights = weights[entry]
         return {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
@@ -678,23 +675,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; then the data, from offset 0."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-              "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+              "I64": torch.int64}
     data = bytearray(path.read_bytes())
     first = 8 + int.from_bytes(data[:8], "little")  # where the data begin
     header = json.loads(data[8:first])
     header.pop("__metadata__", None)
     tensors = {}
-    for name, t in header.items():
-        (start, end), dtype, count = t["data_offsets"], dtypes[t["dtype"]], math.prod(t["shape"])
-        if not 0 <= start <= end <= len(data) - first or end - start != count * dtype.itemsize:
+    for name, entry in header.items():
+        (start, end), dtype, size = entry["data_offsets"], dtypes[entry["dtype"]], math.prod(entry["shape"])
+        if not 0 <= start <= end <= len(data) - first or end - start != size * dtype.itemsize:
             raise ValueError(f"the data of {name} lie outside the file")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first + start).view(t["shape"])
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=size, offset=first + start).view(entry["shape"])
     return tensors
 
 
 def read_config(path: Path) -> dict:
-    """Read a config.json."""
     try:
         return dict(json.loads(regular_file(path).read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -702,7 +699,7 @@ def read_config(path: Path) -> dict:
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path of a regular file; a named pipe would wait for ever, and a device can be endless."""
+    """Return the path if a regular file is there; a named pipe would wait for ever, and a device can be endless."""
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     return path
@@ -714,24 +711,24 @@ def sha256(path: Path) -> str:
 
 def find_vit(name: str) -> tuple[Path, dict]:
     """Return the file of a vision encoder, and its config.json if it has one."""
-    if name in VISION and not Path(name).exists():
-        url, digest = VISION[name]
-        path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), digest)  # nothing half-written stays
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"could not download {url} ({error}); without a network, put it at {path}") from None
-        if not sha256(regular_file(path)).startswith(digest):
-            raise InputError(f"{path} is damaged: its sha256 does not begin with {digest}; delete it to download it anew")
-        return path, {}
-    path = find(name, f"a name among {', '.join(VISION)}")
-    return (path / "model.safetensors", read_config(path / "config.json")) if path.is_dir() else (path, {})
+    if name not in VISION or Path(name).exists():
+        path = find(name, f"a name among {', '.join(VISION)}")
+        return (path / "model.safetensors", read_config(path / "config.json")) if path.is_dir() else (path, {})
+    url, digest = VISION[name]
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest)  # nothing half-written stays
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"could not download {url} ({error}); without a network, put it at {path}") from None
+    if not sha256(regular_file(path)).startswith(digest):
+        raise InputError(f"{path} is damaged: its sha256 should begin with {digest}; delete it to get it anew")
+    return path, {}
 
 
 def find(name: str, other: str, formats: tuple = ("model.safetensors",), revision: str | None = None) -> Path:
-    """Return a local file or folder, or else the folder of a hub id with weights in the first format that it has."""
+    """Return a local file or folder, or else the folder of a hub id, with weights in the first format that it has."""
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -747,5 +744,6 @@ def find(name: str, other: str, formats: tuple = ("model.safetensors",), revisio
                 break
         return path
     except Exception as error:  # of many types: no network, no such name, no right to it
-        raise InputError(f"could not get {name} from the Hugging Face hub ({str(error).strip().partition(chr(10))[0]}); "
-                         "without a network, give a folder with its weights, config.json and tokenizer.json") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"could not get {name} from the Hugging Face hub ({reason}); without a network, give a folder "
+                         "with its weights, config.json and tokenizer.json") from None
