@@ -14,6 +14,7 @@ import functools
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import signal
@@ -50,7 +51,8 @@ class Sample(NamedTuple):
 
 
 class Layout:
-    """What the layouts share. A subclass says what its folder looks like, and reads it. To add one of your own:
+    """What the layouts share. A subclass says what its folder looks like (`tree`), which file holds a split, and how a
+    line of it becomes a sample (or None, to drop it; any exception makes an error message). To add one of your own:
 
         class Memes(Layout):
             tree = "{train,val,test}.tsv: image, text and label in each line; img/"
@@ -69,18 +71,11 @@ class Layout:
     flip = True  # may a training image be mirrored?
     classes: list[str] | None = None  # None: those of the training split, sorted
     texts_vary = False  # does `pick_text` give a sample another text in each epoch?
+    may_hold_out = False  # is a validation split held out of train where val.jsonl and dev.jsonl are absent?
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.noted: dict[str, Counter] = defaultdict(Counter)  # by split: how often something was met and mended
-
-    def file(self, split: str) -> Path:
-        """Return the file that holds one sample a line."""
-        raise NotImplementedError
-
-    def parse(self, line: str, split: str, where: str) -> Sample | None:
-        """Turn a line of that file into a sample, or None to drop it; any exception makes an error message."""
-        raise NotImplementedError
 
     def pick_text(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """Return the sample with a text (and the label that follows from it), where texts vary."""
@@ -89,9 +84,6 @@ class Layout:
     def kind(self, sample: Sample) -> str:
         """Return the kind of a sample, for the picture of the routing; "" if there are no kinds."""
         return ""
-
-    def has_validation(self) -> bool:
-        return True
 
     def require(self, *paths: Path) -> Path:
         """Return the first of the paths that exists, or raise an error that says what the folder should look like."""
@@ -172,9 +164,7 @@ class JsonLines(Layout):
     train.jsonl, val.jsonl (or dev.jsonl; without it, 10 % of train are held out), test.jsonl
     one object a line: {"image": "path, relative to this folder", "text": "...", "label": "name"}
     ("img" for "image" works; a list of names as label makes it a multi-label task)"""
-
-    def has_validation(self) -> bool:
-        return any((self.folder / f"{name}.jsonl").exists() for name in ("val", "dev"))
+    may_hold_out = True
 
     def file(self, split: str) -> Path:
         names = ("val", "dev") if split == "val" else (split,)
@@ -231,9 +221,7 @@ class MMIMDb(JsonLines):
     classes = (
         "Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
         "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
-
-    def has_validation(self) -> bool:
-        return True
+    may_hold_out = False
 
     def read(self, split: str) -> Iterator[Sample]:
         prepared = (self.folder / "train.jsonl").exists() or (self.folder / "test.jsonl").exists()
@@ -270,10 +258,8 @@ class SnliVE(JsonLines):
     from https://github.com/necla-ml/SNLI-VE and
     https://storage.googleapis.com/allennlp-public-data/snli-ve/flickr30k_images.tar.gz"""
     flip = False  # "the man on the left"
+    may_hold_out = False
     classes = ["entailment", "neutral", "contradiction"]
-
-    def has_validation(self) -> bool:
-        return True
 
     def file(self, split: str) -> Path:
         self.require(self.folder / "flickr30k_images")
@@ -284,7 +270,7 @@ class SnliVE(JsonLines):
         if row["gold_label"] == "-":
             self.noted[split]["pairs on whose label the annotators did not agree (-): dropped"] += 1
             return None
-        photo = row["Flickr30K_ID"] if "Flickr30K_ID" in row else row["Flikr30kID"]  # older files spell it without the c
+        photo = row["Flickr30K_ID" if "Flickr30K_ID" in row else "Flikr30kID"]  # older files spell it without the c
         name = str(photo).removesuffix(".jpg") + ".jpg"
         return Sample(str(row.get("pairID", Path(where).name)), self.folder / "flickr30k_images" / name,
                       row["sentence2"], row["gold_label"])
@@ -442,7 +428,8 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     source = DATASETS[dataset](Path(folder))
     if source.tree and not source.folder.is_dir():
         source.require(source.folder)
-    names = ["test"] if test_for else ["train", "val", "test"] if source.has_validation() else ["train", "test"]
+    hold_out = source.may_hold_out and not any((source.folder / f"{v}.jsonl").exists() for v in ("val", "dev"))
+    names = ["test"] if test_for else ["train", "test"] if hold_out else ["train", "val", "test"]
     splits = {name: source.load_split(name) for name in names}
     if test_for:
         classes, several = test_for
@@ -450,10 +437,10 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
         classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
         several = isinstance(splits["train"][0].label, list)
         if len(classes) < (1 if several else 2):
-            raise InputError(f"{source.folder}: the training split has {len(classes)} classes ({classes}), which leaves "
-                             "nothing to learn; expected two or more, or one where a sample can have several labels")
+            raise InputError(f"{source.folder}: nothing to learn, with {len(classes)} classes in training ({classes}); "
+                             "expected two or more, or one where a sample can have several labels")
 
-    if "val" not in names and not test_for:
+    if hold_out and not test_for:
         held_out = set(stratified(splits["train"], max(1, round(HELD_OUT * len(splits["train"]))), seed=0))
         splits["val"] = [s for i, s in enumerate(splits["train"]) if i in held_out]
         splits["train"] = [s for i, s in enumerate(splits["train"]) if i not in held_out]
@@ -466,7 +453,8 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     known = {*classes, *getattr(source, "group", ())}
     for split, samples in splits.items():
         for s in samples:
-            if s.label is not None and (isinstance(s.label, list) != several or not known.issuperset(names_of(s.label))):
+            fits = isinstance(s.label, list) == several and known.issuperset(names_of(s.label))
+            if s.label is not None and not fits:
                 raise InputError(f"{source.folder}, {split}, {s.id}: label {str(s.label)[:80]!r}; expected "
                                  f"{'a list' if several else 'one'} of the {len(classes)} classes of train")
     order = [name for name in ("train", "val", "test") if name in splits]
@@ -531,7 +519,7 @@ class Pairs(Dataset):
         return f"{len(self)} samples, {seen.hexdigest()[:12]}"
 
     def sample(self, i: int, epoch: int = 0) -> Sample:
-        """Return sample i; where texts vary, with another one in each training epoch, and always alike in evaluation."""
+        """Return sample i; where texts vary, with another one in each training epoch, and one only in evaluation."""
         return self.source.pick_text(self.samples[i], self.rng(i, epoch))
 
     def rng(self, i: int, epoch: int) -> np.random.Generator:
@@ -645,7 +633,7 @@ UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRA
 
 
 def resize(pixels: np.ndarray, size: int) -> torch.Tensor:
-    """Resize [h, w, 3] uint8 -> [3, size, size] uint8, as Pillow's bicubic filter does it, in less than half the time."""
+    """Resize [h, w, 3] -> [3, size, size], uint8, as Pillow's bicubic filter does it, in less than half the time."""
     x = torch.from_numpy(pixels).permute(2, 0, 1)
     if x.shape[1:] == (size, size):
         return x
@@ -732,14 +720,13 @@ def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Toke
         empty, numbers = tokenizer.encode("").ids, tokenizer.get_vocab()
     except Exception as error:  # the package raises plain Exception
         raise InputError(f"{folder}: expected tokenizer.json or vocab.txt of a BERT ({error})") from None
-    wanted = {"[PAD]": bert.pad_id, "[CLS]": (empty or [None])[0], "[SEP]": (empty or [None])[-1]}
-    wrong = [f"{token} is {numbers.get(token)}, not {number}" for token, number in wanted.items()
-             if number is None or numbers.get(token) != number]
-    if max(numbers.values()) >= bert.word_embeddings.num_embeddings:
-        wrong.append(f"ids go up to {max(numbers.values())}, but there are {bert.word_embeddings.num_embeddings} embeddings")
-    if wrong or len(empty) != 2:
-        raise InputError(f"{folder}: the tokenizer does not belong to this BERT: {'; '.join(wrong)}; an empty text gives "
-                         f"{empty}, expected [CLS] and [SEP]")
+    embeddings, ends = bert.word_embeddings.num_embeddings, [numbers.get("[CLS]"), numbers.get("[SEP]")]
+    checks = {f"[PAD] is {numbers.get('[PAD]')}, not {bert.pad_id}": numbers.get("[PAD]") == bert.pad_id,
+              f"an empty text gives {empty}, not [CLS] and [SEP], which are {ends}": empty == ends,
+              f"ids go up to {max(numbers.values())}, past {embeddings} embeddings": max(numbers.values()) < embeddings}
+    if not all(checks.values()):
+        wrong = "; ".join(text for text, right in checks.items() if not right)
+        raise InputError(f"{folder}: the tokenizer does not belong to this BERT: {wrong}")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(pad_id=bert.pad_id, pad_token="[PAD]", pad_to_multiple_of=multiple)
     return tokenizer
@@ -759,21 +746,18 @@ def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: i
     layer = int(routing.var(0).sum(-1).argmax())
     share = routing[:, layer].mean(0)
     used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
-    kinds = [pairs.source.kind(s) for s in pairs.samples]
-    names = sorted({*kinds} - {""})
+    kinds, by_kind, told, most = routing_by_kind([pairs.source.kind(s) for s in pairs.samples], routing[:, layer])
     tile, row, cell = 112, 172, 34
     right = max(200 + cell * k, 560)
-    height = max(80 + row * len(used), 190 + cell * (layers + len(names)))
+    height = max(80 + row * len(used), 190 + cell * (layers + len(kinds)))
     page = Image.new("RGB", (right + 130 + (tile + 40) * shown, height), "white")
     pen = ImageDraw.Draw(page)
 
     heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)],
              f"Mean routing weight (%) of each expert, {n:,} {pairs.split} samples")
-    if names:
-        by_kind, shares = mean_by(kinds, names, routing[:, layer])
-        known, of = information(by_kind, shares)
-        heat_map(pen, 20, 110 + cell * layers, by_kind, names,
-                 f"Layer {layer + 1} by kind of question: it knows {known:.1f} of {of:.1f} bits of the kind")
+    if kinds != [""]:
+        heat_map(pen, 20, 110 + cell * layers, by_kind, kinds,
+                 f"Layer {layer + 1} by kind: it tells {told:.1f} of at most {most:.1f} bits of a sample's kind")
 
     pen.text((right, 20), f"Layer {layer + 1}: its busiest experts, and the samples that weight them most", "black",
              font(18))
@@ -788,18 +772,18 @@ def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: i
     return page
 
 
-def mean_by(kinds: list[str], names: list[str], routing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean routing [n, k] of the samples of each kind [kinds, k], and the kinds' shares [kinds]."""
-    members = torch.tensor([[kind == name for kind in kinds] for name in names]).float()  # [kinds, n]
-    return members @ routing / members.sum(1, keepdim=True), members.mean(1)
+def routing_by_kind(kinds: list[str], routing: torch.Tensor) -> tuple[list[str], torch.Tensor, float, float]:
+    """Return the kinds, the mean routing of each [kinds, k], the mutual information of kind and expert in bits, and its
+    upper bound: the entropy of the kinds, or the bits of k experts."""
+    names = sorted(set(kinds))
+    member = torch.tensor([[kind == name for kind in kinds] for name in names]).float()  # [kinds, n]
+    share, mean = member.mean(1), member @ routing / member.sum(1, keepdim=True)
 
+    def bits(probability: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(probability).sum(-1) / math.log(2)
 
-def information(by_kind: torch.Tensor, shares: torch.Tensor) -> tuple[float, float]:
-    """Return the mutual information of kind and expert in bits, and the entropy of the kinds, its upper bound."""
-    def bits(p: torch.Tensor) -> torch.Tensor:
-        return torch.special.entr(p).sum(-1) / np.log(2)
-
-    return float(bits(shares @ by_kind) - shares @ bits(by_kind)), float(bits(shares))
+    most = min(float(bits(share)), math.log2(routing.shape[-1]))
+    return names, mean, float(bits(share @ mean) - share @ bits(mean)), most
 
 
 def distinct(pairs: Pairs, order: list[int], count: int) -> list[int]:

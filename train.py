@@ -300,9 +300,9 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
     order = index.argsort()
     logits, labels, routing = logits[order], labels[order], routing[order]
     if not logits.isfinite().all():
-        raise InputError(f"{(~logits.isfinite()).any(-1).sum()} of {len(logits)} samples of {split} get logits that are not "
-                         f"finite: the weights diverged (start anew with a lower --lr), or {run.config['precision']} is too "
-                         "narrow (try --precision float32)")
+        raise InputError(f"{(~logits.isfinite()).any(-1).sum()} of {len(logits)} samples of {split} get logits that are "
+                         f"not finite: the weights diverged (start anew with a lower --lr), or {run.config['precision']} "
+                         "is too narrow (try --precision float32)")
     result = metrics(logits, labels, pairs.classes)
     if routing.numel():
         for name, values in (("experts_used", experts_used(routing)), ("busiest_expert", routing.mean(0).amax(-1)),
@@ -339,6 +339,17 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
     return {**result, "by_class": {name: round(v, 4) for name, v in zip(classes, by_class.tolist()) if v == v}}
 
 
+def interval(pairs: data.Pairs, rows: dict) -> list[float]:
+    """Return a 95 % bootstrap interval of the accuracy over images, since pairs that share one are not independent."""
+    known = (rows["labels"] >= 0).numpy()
+    right = (rows["logits"].argmax(-1) == rows["labels"]).double().numpy()[known]
+    images = [str(s.image) if isinstance(s.image, Path) else s.id for s in pairs.samples]
+    _, image = np.unique(np.array(images)[known], return_inverse=True)
+    hits, counts, rng = np.bincount(image, right), np.bincount(image), np.random.default_rng(0)
+    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(1000))
+    return np.quantile([hits[draw].sum() / counts[draw].sum() for draw in draws], [0.025, 0.975]).round(4).tolist()
+
+
 def finish(run: Run) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png."""
     config, at = run.config, run.progress
@@ -351,6 +362,8 @@ def finish(run: Run) -> None:
     test, rows = evaluate(run, "test")
     if RANK > 0:
         return
+    if "accuracy" in test:
+        test["accuracy_95"] = interval(run.splits["test"], rows)
     pairs, chosen = run.splits["test"], best["progress"]["log"][-1]
     total, trained = count(run.model)
     images = run.splits["train"].steps(config["batch_size"]) * config["batch_size"] * config["epochs"]
@@ -635,7 +648,7 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
 ACTIONS = ("out", "checkpoint", "eval", "predict", "resume", "summarize", "benchmark")
 # A resumed or evaluated run may go on in another place, on another machine or in another manner; all else has to stay.
 MAY_CHANGE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile", "precision")
-# Runs that differ only in these make one row of a table. (Not --accumulate: noise and importance loss are per micro-batch.)
+# Runs that differ only in these make one row of a table. (Not --accumulate: the importance loss is per micro-batch.)
 INCIDENTAL = ("device", "workers", "compile")
 
 
@@ -667,8 +680,8 @@ def add_flags(flag, dataset: str) -> None:
     flag("--data-dir", default=f"data/{dataset}", help="the data set's folder")
     flag("--train-size", type=float, help="train on N samples, or on a fraction below 1, drawn by --seed")
     flag("--text-length", type=at_least(3), help="word pieces kept of a text; lower it if memory runs out")
-    flag("--vision", default="vit_b_16", help="vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, a file of such "
-         "weights, or a plain ViT of timm: its hub id or folder")
+    flag("--vision", default="vit_b_16", help="vit_b_16, vit_b_32, vit_l_16, dinov2_vits14, dinov2_vitb14, a file of "
+         "such weights, or a plain ViT of timm: its hub id or folder")
     flag("--text", default="bert-base-uncased", help="bert-base-uncased, another hub id of a BERT, or a folder")
     flag("--image-size", type=at_least(1), default=224, help="a multiple of the patch size; a lower one is faster")
     flag("--pooling", choices=("mean", "cls"), default="mean", help="the feature of a text")
@@ -701,8 +714,8 @@ def add_flags(flag, dataset: str) -> None:
     flag("--out", type=Path, default=Path("runs", dataset), help="folder of the run")
     flag("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for:")
     flag("--eval", action="store_true", help="evaluate it on the test split")
-    flag("--predict", nargs="+", metavar=("ROWS.jsonl", "IMAGE TEXT"), help="score the rows of a file (image, relative to "
-         "it, and text) into predictions.csv beside it, or one pair: IMAGE TEXT")
+    flag("--predict", nargs="+", metavar=("ROWS.jsonl", "IMAGE TEXT"), help="score the rows of a file (text and "
+         "image, relative to it) into predictions.csv beside it, or one pair: IMAGE TEXT")
     flag("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     flag("--summarize", nargs="+", metavar="RUN", type=Path, help="finished runs as a Markdown table")
 
@@ -1048,7 +1061,7 @@ def cli() -> int:
         message = f"{where}: {error.strerror or error}; mend that, then go on with --resume"
     except Exception as error:
         if "DataLoader worker" in str(error):  # killed, as a rule for want of memory shared between processes
-            message = (f"{str(error).strip()}; give a lower --workers, 0 for none, or in a container more shared memory "
+            message = (f"{str(error).strip()}; give a lower --workers, 0 for none, or a container more shared memory "
                        "(docker run --shm-size 8g); an interrupted run goes on with --resume")
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
             message = ("out of memory; --resume with a higher --accumulate, which makes a step of smaller parts, or "
