@@ -9,10 +9,12 @@ Real weights and photographs are looked for in $MOPE_SHARED, or ../shared. There
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -20,18 +22,25 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
 import unittest
+import zlib
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import PIL.EpsImagePlugin
+import PIL.ImageFont
+import tokenizers
 import torch
 import torchvision
 from PIL import Image
@@ -163,7 +172,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     header, blob = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
         raw = tensor.contiguous().numpy().tobytes()
-        header[name] = dict(dtype="F32", shape=list(tensor.shape), data_offsets=[len(blob), len(blob) + len(raw)])
+        kind = {torch.float32: "F32", torch.int64: "I64"}[tensor.dtype]
+        header[name] = dict(dtype=kind, shape=list(tensor.shape), data_offsets=[len(blob), len(blob) + len(raw)])
         blob += raw
     head = json.dumps(header).encode()
     path.write_bytes(len(head).to_bytes(8, "little") + head + blob)
@@ -314,7 +324,7 @@ def test_prompts_as_keys_and_values_equal_insert_and_drop():
         prompts = torch.randn(encoder.depth, 4, 5, encoder.dim) * 0.5
         calls = []
 
-        def insert_and_drop(self, x, prompts, mask, first):
+        def insert_and_drop(self, x, prompts, mask, n_out):
             calls.append(len(x))
             if mask is not None:
                 mask = F.pad(mask, (5, 0), value=True)[:, None, None]
@@ -508,7 +518,7 @@ def test_frozen_matrices_can_be_held_in_bfloat16():
     need_bfloat16()
     model = tiny().eval()
     exact = model(pixels(), words()).logits
-    model.hold_frozen(torch.bfloat16)
+    model.cast_frozen(torch.bfloat16)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["main.blocks.0.attn.qkv.weight"] == torch.bfloat16
     assert kinds["main.blocks.0.norm1.weight"] == kinds["prompts.experts"] == torch.float32
@@ -524,7 +534,7 @@ def test_frozen_matrices_can_be_held_in_bfloat16():
 def test_matrices_in_training_are_not_held_in_bfloat16():
     model = tiny()
     model.main.blocks[0].requires_grad_(True)
-    kinds = {name: p.dtype for name, p in model.hold_frozen(torch.bfloat16).main.named_parameters()}
+    kinds = {name: p.dtype for name, p in model.cast_frozen(torch.bfloat16).main.named_parameters()}
     assert kinds["blocks.0.mlp.fc1.weight"] == torch.float32 and kinds["blocks.1.mlp.fc1.weight"] == torch.bfloat16
 
 
@@ -670,7 +680,7 @@ def test_broken_bert_folders_are_explained():
         path.write_bytes(whole)
         config = json.loads((root / "bert" / "config.json").read_text())
         for change, hint in ((dict(model_type="roberta"), "roberta"), (dict(hidden_act="relu"), "relu"),
-                             (dict(hidden_size="x"), "config.json"), (dict(num_hidden_layers=3), "missing")):
+                             (dict(hidden_size="x"), "not the configuration"), (dict(num_hidden_layers=3), "missing")):
             (root / "bert" / "config.json").write_text(json.dumps(config | change))
             refused(lambda: load_bert(str(root / "bert")), hint)
         (root / "bert" / "config.json").write_text("{")
@@ -1379,6 +1389,850 @@ def test_errors_of_the_machine_are_one_sentence():
         assert train.cli() == 1 and "Traceback" in said.getvalue(), "a bug of ours is shown in full"
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Every run ends, runs nothing else, and writes over nothing
+
+
+def start(argv: list[str], patch: str = "", group: bool = False, **environment: str) -> subprocess.Popen:
+    """Start train.py as a program of its own, after some lines that patch what it imports."""
+    program = f"import os, runpy, sys, torch\n{patch}\nsys.path.insert(0, '.')\nrunpy.run_path('train.py', run_name='__main__')"
+    return subprocess.Popen([sys.executable, "-c", program, *argv], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=group,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+FAIL_IN_A_STEP = "torch.nn.utils.clip_grad_norm_ = lambda *a: 1 / 0"
+REFUSE_A_FORK = """
+forks, fork = [], os.fork
+def refuse():
+    forks.append(1)
+    if len(forks) == 2: raise BlockingIOError(11, 'no more processes')
+    return fork()
+os.fork = refuse"""
+
+
+def test_every_failure_ends_the_program():
+    """With two loader workers, and in one of two processes: exit code, the reason last, and nothing waits for ever."""
+    with folder() as root, socket.create_server(("127.0.0.1", 0)) as server:
+        argv = arguments(root)
+        port = str(server.getsockname()[1])
+        server.close()
+        two = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        workers = [*argv, "--workers", "2", "--out"]
+        processes = {
+            "division by zero": start([*workers, f"{root}/a"], FAIL_IN_A_STEP),
+            "no more processes": start([*workers, f"{root}/b"], REFUSE_A_FORK),
+            "Broken pipe": start([*workers, f"{root}/c"]),  # as with `| head -1`
+            "rank 1": start([*argv, "--out", f"{root}/d"], FAIL_IN_A_STEP, RANK="1", LOCAL_RANK="1", **two),
+            "rank 0": start([*argv, "--out", f"{root}/d"], RANK="0", LOCAL_RANK="0", **two)}
+        processes["Broken pipe"].stdout.readline()
+        processes["Broken pipe"].stdout.close()
+        processes["Broken pipe"].stdout = None
+        try:
+            for name, process in processes.items():
+                _, said = process.communicate(timeout=100)  # workers hold these pipes as well
+                assert process.returncode in (1, 2), f"{name}: {process.returncode} {said}"
+                reason = {"rank 1": "division by zero"}.get(name, "" if name == "rank 0" else name)
+                assert reason in said.splitlines()[-1], f"{name}: {said}"
+        finally:
+            for process in processes.values():
+                process.kill()
+
+
+def within(seconds: float, call):
+    """The call must return or raise within that time; it does the same here."""
+    result = []
+
+    def work() -> None:
+        try:
+            result.append((call(), None))
+        except Exception as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert result, f"still waiting after {seconds} s"
+    if result[0][1]:
+        raise result[0][1]
+    return result[0][0]
+
+
+def make_grocery(root: Path, numbers: tuple = (0, 1, 2)) -> Path:
+    """A small folder in the layout of the Grocery Store Dataset: two groups, three products."""
+    (root / "dataset").mkdir(parents=True, exist_ok=True)
+    rows = ["Class Name,Class ID,Coarse,ID,Image,Description"]
+    for name, group, number in zip(("Apple", "Pear", "Milk"), ("Fruit", "Fruit", "Dairy"), numbers):
+        (root / f"dataset/{name}.txt").write_text(f"This is {name}. It is good. It is cheap.")
+        rows.append(f"{name},{number},{group},0,/{name}.png,/{name}.txt")
+    (root / "dataset/classes.csv").write_text("\n".join(rows))
+    Image.new("RGB", (8, 8)).save(root / "dataset/a.png")
+    for split in ("train", "val", "test"):
+        (root / f"dataset/{split}.txt").write_text("a.png, 0, 0\na.png, 1, 0\na.png, 2, 1\n")
+    return root
+
+
+def test_only_regular_files_are_opened():
+    """A named pipe would be read for ever, and a device grows without bound."""
+    with folder() as root:
+        arguments(root)
+        row = json.dumps({"image": "a.png", "text": "x", "label": "b"})
+        for name in ("train", "val", "test"):
+            (root / f"{name}.jsonl").write_text(row + "\n" + row.replace('"b"', '"c"'))
+        Image.new("RGB", (8, 8)).save(root / "a.png")
+        make_grocery(root / "grocery")
+        (root / "film/dataset").mkdir(parents=True)
+        (root / "film/split.json").write_text('{"train": ["1"], "dev": ["1"], "test": ["1"]}')
+        bert = load_bert(str(root / "bert"))
+        (root / "bert/tokenizer.json").touch()
+        cases = (("a.png", lambda: data.decode(root / "a.png", 32)), ("train.jsonl", lambda: data.load("jsonl", root)),
+                 ("food/texts/train_titles.csv", lambda: data.load("food101", root / "food")),
+                 ("film/dataset/1.json", lambda: data.load("mmimdb", root / "film")),
+                 ("film/split.json", lambda: data.load("mmimdb", root / "film")),
+                 ("grocery/dataset/Pear.txt", lambda: data.load("grocery", root / "grocery")),
+                 ("grocery/dataset/classes.csv", lambda: data.load("grocery", root / "grocery")),
+                 ("bert/tokenizer.json", lambda: data.load_tokenizer(bert, 16)),
+                 ("bert/vocab.txt", lambda: data.load_tokenizer(bert, 16)),
+                 ("bert/pytorch_model.bin", lambda: load_bert(str(root / "bert"))),
+                 ("bert/config.json", lambda: load_bert(str(root / "bert"))), ("vit.pth", lambda: load_vit(f"{root}/vit.pth")),
+                 ("best.pt", lambda: train.main(["--eval", "--checkpoint", f"{root}/best.pt"])),
+                 ("rows.jsonl", lambda: data.unlabelled([f"{root}/rows.jsonl"], ["b", "c"], False)))
+        for name, call in cases:
+            path = root / name
+            for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+                path.unlink(missing_ok=True)
+                make(path)
+                refused(lambda: within(10, call), "not a regular file", path.name)
+            path.unlink()  # then tokenizer.json no longer hides vocab.txt
+
+
+def test_no_picture_starts_a_program():
+    """Pillow would hand an EPS, whatever its name, to the Ghostscript that it finds in PATH."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    with folder() as root:
+        (root / "photo.jpg").write_bytes(eps)
+        (root / "gs").write_text(f"#!/bin/sh\ntouch {root}/started\n")
+        (root / "gs").chmod(0o755)
+        with mock.patch.dict(os.environ, PATH=f"{root}:{os.environ['PATH']}"):
+            for gs in ("gs_binary", "gs_windows_binary"):
+                if hasattr(PIL.EpsImagePlugin, gs):
+                    setattr(PIL.EpsImagePlugin, gs, None)  # forget what it found before
+            raises(Exception, lambda: data.decode(root / "photo.jpg", 32))
+            assert not (root / "started").exists()
+            with contextlib.suppress(Exception), Image.open(root / "photo.jpg") as image:
+                image.load()
+            assert (root / "started").exists(), "this test would notice it"
+        for form in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
+            Image.new("RGB", (40, 40), "red").save(root / "photo", form)
+            assert data.decode(root / "photo", 32)[0].min() > 240, form
+        Image.new("RGB", (40, 40), "red").save(root / "photo", "MPO", save_all=True,
+                                               append_images=[Image.new("RGB", (40, 40))])
+        assert data.decode(root / "photo", 32)[0].min() > 240, "the first picture of several"
+
+
+def test_nothing_is_written_over():
+    with folder() as root:
+        for name in ("config.json", "results.json", "best.pt", "last.pt", "log.jsonl", "predictions.csv"):
+            out = root / name.replace(".", "-")
+            out.mkdir()
+            (out / name).write_text("somebody's")
+            refused(lambda: train.main(arguments(root, "--out", str(out))), name, "nothing is written over", "--out")
+            assert (out / name).read_text() == "somebody's" and not (out / "last.pt.tmp").exists()
+        here = set(os.listdir())
+        try:
+            train.main(arguments(root, "--out", ""))
+            raise AssertionError("an empty name is no folder")
+        except (InputError, SystemExit) as error:
+            assert getattr(error, "code", 2) == 2
+        assert set(os.listdir()) == here
+
+
+def test_one_process_trains_in_a_folder():
+    """The second is refused; one that was killed leaves the folder free, even where a worker of it lives on."""
+    holder = ("import os, time; main = os.getpid()\n"
+              "def hold(*a):\n"
+              "    if os.fork(): print('held', flush=True)\n"
+              "    time.sleep(100)\n"
+              "torch.nn.utils.clip_grad_norm_ = hold")
+    with folder() as root:
+        argv = arguments(root, "--out", f"{root}/run")
+        process = start(argv, holder, group=True)
+        try:
+            assert "held\n" in iter(process.stdout.readline, ""), process.stderr.read()
+            (root / "run/config.json").unlink()
+            (root / "run/log.jsonl").unlink()
+            (root / "run/last.pt").rename(root / "last.pt")
+            refused(lambda: train.main(argv), "another process", "--out")
+            process.kill()
+            process.wait()
+            (root / "last.pt").rename(root / "run/last.pt")
+            train.main(["--resume", f"{root}/run"])
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_best_weights_of_another_run_are_refused():
+    with folder() as root:
+        for lr in ("0.01", "0.02"):
+            train.main(arguments(root, "--out", f"{root}/{lr}", "--lr", lr, "--epochs", "1"))
+        shutil.copy(root / "0.02/best.pt", root / "0.01/best.pt")
+        (root / "0.01/results.json").unlink()
+        refused(lambda: train.main(["--resume", f"{root}/0.01"]), "best.pt is of another run", "lr")
+        assert not (root / "0.01/results.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Nothing is wrong in silence
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    with folder() as root:
+        photo = f"{root}/food/images/test/red/red_0.jpg"
+        for experts in ("4", "0"):
+            out = root / experts
+            train.main(arguments(root, "--experts", experts, "--epochs", "1", "--out", str(out)))
+            state = torch.load(out / "best.pt", weights_only=True)
+            state["trained"]["weights"]["head.bias"][0] = math.nan
+            torch.save(state, out / "nan.pt")
+            (root / "rows.jsonl").write_text(json.dumps({"image": photo, "text": "a photo"}))
+            for action in (["--eval"], ["--predict", f"{root}/rows.jsonl"], ["--predict", photo, "a photo"]):
+                refused(lambda: train.main([*action, "--checkpoint", f"{out}/nan.pt"]), "not finite", "float32")
+            assert not (root / "predictions.csv").exists()
+        weights = torch.load(root / "vit.pth", weights_only=True)
+        weights["encoder.ln.bias"][3] = math.inf
+        torch.save(weights, root / "inf.pth")
+        refused(lambda: load_vit(f"{root}/inf.pth", 32), "inf.pth", "norm.bias", "not finite")
+
+
+def test_tokenizer_and_encoder_belong_together():
+    with folder() as root:
+        make_bert(root)
+        bert = BERT(len(WORDS), 16, 1, 2, 16, 40)
+        bert.folder = root
+
+        def ids(text: str, **settings) -> list[int]:
+            (root / "tokenizer_config.json").write_text(json.dumps(settings))
+            return data.load_tokenizer(bert, 16).encode(text).ids
+
+        assert ids("Réd") == [2, 8, 3] and ids("Réd", do_lower_case=False) == [2, 1, 3]
+        assert ids("réd", do_lower_case=False, strip_accents=True) == [2, 8, 3] and ids("réd", strip_accents=False)[1] == 1
+        assert ids("中文") == [2, 1, 1, 3] and ids("中文", tokenize_chinese_chars=False) == [2, 1, 3]
+
+        for change, hint in (({"pad_id": 1}, "[PAD] is 0, not 1"), ({"folder": root / "none"}, "vocab.txt")):
+            with mock.patch.multiple(bert, **change):
+                refused(lambda: data.load_tokenizer(bert, 16), hint)
+        (root / "vocab.txt").write_text("\n".join([*WORDS, "surplus"]))
+        refused(lambda: data.load_tokenizer(bert, 16), f"ids go up to {len(WORDS)}", f"{len(WORDS)} embeddings")
+        (root / "vocab.txt").write_text("\n".join(WORDS).replace("[SEP]", "sep"))
+        refused(lambda: data.load_tokenizer(bert, 16), str(root), "BERT")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+        tokenizer.save(str(root / "tokenizer.json"))
+        refused(lambda: data.load_tokenizer(bert, 16), "does not belong", "[CLS] and [SEP]")
+
+
+def make_timm(path: Path, **config) -> ViT:
+    """A random ViT in timm's format: model.safetensors and config.json."""
+    path.mkdir()
+    torch.manual_seed(1)
+    vit = ViT(32, 8, 64, 2, 4, 64, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    weights = {k.replace("patch_embed.", "patch_embed.proj."): v for k, v in vit.state_dict().items()}
+    write_safetensors(path / "model.safetensors", weights | {"head.weight": torch.ones(7, 64)})
+    pixels_ = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    (path / "config.json").write_text(json.dumps(dict(architecture="vit", pretrained_cfg=pixels_, **config)))
+    return vit
+
+
+def test_plain_vits_of_timm_bring_their_own_statistics():
+    with folder() as root:
+        vit = make_timm(root / "timm")
+        calls = []
+
+        def snapshot(repo, revision=None, allow_patterns=()):
+            calls.append(repo)
+            return str(root / "timm")
+
+        with mock.patch("huggingface_hub.snapshot_download", snapshot):
+            for name in (str(root / "timm"), "timm/vit_base_patch16_224.augreg_in21k"):
+                loaded = load_vit(name, 32)
+                assert loaded.mean == loaded.std == (0.5,) * 3
+                with torch.no_grad():
+                    assert torch.equal(loaded(pixels()), vit(pixels()))
+        assert calls == ["timm/vit_base_patch16_224.augreg_in21k"]
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert load_vit(f"{root}/timm/model.safetensors", 32).mean == (0.485, 0.456, 0.406)
+        assert "pixels of mean (0.485, 0.456, 0.406) and std" in said.getvalue(), "a bare file: it says what it takes"
+        make_timm(root / "eight", model_args={"num_heads": 8})
+        assert load_vit(f"{root}/eight", 32).blocks[0].attn.heads == 8
+
+        weights = mope.read_weights(root / "timm/model.safetensors")
+        for name, change in (("registers", {"reg_token": torch.ones(1, 4, 64)}), ("no class token", {"cls_token": None}),
+                             ("normalised queries", {"blocks.0.attn.q_norm.weight": torch.ones(16)})):
+            changed = {k: v for k, v in {**weights, **change}.items() if v is not None}
+            torch.save(changed, root / "other.pth")
+            refused(lambda: load_vit(f"{root}/other.pth", 32), "other.pth")
+        (root / "timm/config.json").write_text("[1]")
+        refused(lambda: load_vit(f"{root}/timm", 32), "config.json")
+
+
+def test_resume_needs_the_data_and_encoders_as_they_were():
+    def edit(path: Path, change) -> None:
+        path.write_text(change(path.read_text()))
+
+    def titles(change):
+        return lambda root: edit(root / "food/texts/train_titles.csv", lambda text: "\n".join(change(text.split())))
+
+    def larger(root: Path) -> None:
+        file = root / "food/images/train/red/red_0.jpg"
+        file.write_bytes(file.read_bytes() + b"\0")
+
+    def settings(**change):
+        return lambda root: edit(root / "bert/config.json", lambda text: json.dumps(json.loads(text) | change))
+
+    changes = {
+        "order": titles(lambda rows: rows[::-1]), "text": titles(lambda rows: [rows[0].replace("photo", "x"), *rows[1:]]),
+        "label": lambda root: edit(root / "food/texts/train_titles.csv", lambda text: text.replace(
+            "green_1.jpg,", "red_0.jpg,").replace("1\",green", "1\",red")),
+        "file size": larger, "test rows": lambda root: edit(root / "food/texts/test_titles.csv", lambda t: t[t.index("\n"):]),
+        "vocabulary": lambda root: edit(root / "bert/vocab.txt", lambda t: t.replace("red\ngreen", "green\nred")),
+        "heads": settings(num_attention_heads=4), "epsilon": settings(layer_norm_eps=1e-3)}
+    with folder() as root:
+        argv = ["--resume", f"{root}/run"]
+        stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
+        for what, change in changes.items():
+            other = root / what
+            for part in ("food", "bert"):
+                shutil.copytree(root / part, other / part)
+            change(other)
+            with mock.patch("train.loop", side_effect=AssertionError(f"{what}: not noticed")):
+                refused(lambda: train.main([*argv, "--data-dir", f"{other}/food", "--text", f"{other}/bert"]))
+        train.main(argv)
+
+
+def test_class_numbers_of_the_grocery_set_are_checked():
+    with folder() as root:
+        assert data.load("grocery", make_grocery(root / "good"))["train"].classes == ["Apple", "Pear", "Milk"]
+        for i, numbers in enumerate(((0, 1, -1), (0, 1, 1), (1, 0, 2), (1, 2, 3))):
+            refused(lambda: data.load("grocery", make_grocery(root / str(i), numbers)), "classes.csv:", "number")
+        for number in ("-1", "3", "x"):
+            (root / "good/dataset/train.txt").write_text(f"a.png, {number}, 0")
+            refused(lambda: data.load("grocery", root / "good"), "train.txt:1", "a.png")
+
+
+def write_rows(root: Path, **labels: list) -> Path:
+    """Write {train,val,test}.jsonl on the pictures of `make_food`, a row for each label; ... stands for none."""
+    root.mkdir(exist_ok=True)
+    if not (root / "red.jpg").exists():
+        for name in ("red", "green"):
+            Image.new("RGB", (40, 40), name).save(root / f"{name}.jpg")
+    for split, given in labels.items():
+        rows = [{"image": ("red.jpg", "green.jpg")[i % 2], "text": f"a photo of thing {i}"}
+                | ({} if label is ... else {"label": label}) for i, label in enumerate(given)]
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def test_classes_are_shown_and_have_to_be_several():
+    with folder() as root:
+        for name, label in (("one", "a"), ("none", [])):
+            rows = write_rows(root / name, train=[label] * 8, val=[label], test=[label])
+            refused(lambda: data.load("jsonl", rows), "classes", "expected two or more")
+        one = write_rows(root / "several", train=[["a"], []] * 4, val=[["a"]], test=[[]])
+        assert data.load("jsonl", one)["train"].classes == ["a"], "a question of yes or no"
+        blank = write_rows(root / "blank", train=["a", "a ", "b", "c", "d", "e"] * 2, val=["a"], test=["a"])
+        argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(blank), "--out", f"{root}/run")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            stop_in_the_first_step(argv)
+        assert "6 classes: 'a', 'a ', 'b', 'c', 'd', …" in said.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is good is not refused
+
+
+def test_odd_metadata_do_no_harm():
+    def exif(*entries: tuple) -> bytes:
+        packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+
+    turn = (0x0112, 3, 1, 6)
+    odd = exif((0x010F, 2, 99, 99_999), turn, (0x829A, 5, 7, 1 << 31), (0x8769, 4, 1, 77_777))
+    chunks = {"long text": [(b"tEXt", b"Comment\0" + b"a" * 1_500_000)], "broken": [(b"eXIf", b"\xff" * 9)],
+              "cut": [(b"eXIf", exif(turn)[:13])], "odd": [(b"eXIf", odd)],
+              "long zipped text": [(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3_000_000))] * 3}
+    with folder() as root:
+        x, y = np.meshgrid(np.arange(64), np.arange(64))
+        base = Image.fromarray(np.stack([4 * x, 3 * y, x + y], -1).astype(np.uint8))
+        plain = data.decode(np.array(base), 64)
+        turned = {"odd", "doubled", "odd.jpg"}
+        base.save(root / "plain.png")
+        whole = (root / "plain.png").read_bytes()
+        for name, extra in chunks.items():  # behind the header, which ends at byte 33
+            packed = [struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+                      for kind, content in extra]
+            (root / name).write_bytes(whole[:33] + b"".join(packed) + whole[33:])
+        base.save(root / "doubled", "JPEG", quality=95, exif=b"Exif\0\0" * 2 + exif(turn))
+        base.save(root / "odd.jpg", "JPEG", quality=95, exif=b"Exif\0\0" + odd)
+        for name in (*chunks, "doubled", "odd.jpg"):
+            with mock.patch("data.resize", lambda pixels_, size: torch.from_numpy(pixels_).permute(2, 0, 1)):
+                image = data.decode(root / name, 64).float()
+            expected = plain.rot90(-1, (1, 2)) if name in turned else plain
+            expected = expected[:, 4:60, 4:60].float()
+            assert image.shape == expected.shape and (image - expected).abs().mean() < 4, name
+        (root / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 40)
+        samples = [data.Sample(str(i), root / "bad.png", "", "a") for i in range(9)]
+        damaged = data.Pairs(data.JsonLines(root), "test", samples, ["a", "b"], False, 0)[0, 0][-1]
+        assert re.fullmatch(r".*bad\.png: .{5,}", damaged), "the reason stands beside the name"
+
+
+def test_weights_in_wrappings_are_unwrapped():
+    """Heads of fine-tuned models, entries and prefixes of training programs, old configurations."""
+    with folder() as root:
+        weights = make_bert(root / "bert")
+        ids = torch.tensor([[2, 5, 6, 8, 3]])
+        expected = load_bert(str(root / "bert"))(ids)
+        make_vit(root / "vit.pth")
+        vit_weights, seen = torch.load(root / "vit.pth", weights_only=True), load_vit(f"{root}/vit.pth", 32)(pixels())
+
+        def prefixed(state: dict, prefix: str) -> dict:
+            return {prefix + name: tensor for name, tensor in state.items()}
+
+        tops = {f"{name}.weight": torch.ones(2, 32) for name in ("classifier", "qa_outputs", "cls.seq_relationship",
+                                                                  "pooler.dense", "lm_head", "dropout")}
+        for state in (prefixed(weights, "bert.") | tops, prefixed(weights, "module.bert.") | prefixed(tops, "module."),
+                      prefixed(weights, "_orig_mod."), {"state_dict": prefixed(weights, "encoder.")},
+                      {"model": {"state_dict": prefixed(weights, "model.")}, "epoch": 3}):
+            torch.save(state, root / "bert/pytorch_model.bin")
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                assert torch.equal(load_bert(str(root / "bert"))(ids), expected)
+            assert "took" in said.getvalue() and ("classifier" in said.getvalue()) == any("classifier" in k for k in state)
+        for state in ({"teacher": prefixed(vit_weights, "backbone.")}, {"student": prefixed(vit_weights, "module.vit.")}):
+            torch.save(state, root / "vit.pth")
+            assert torch.equal(load_vit(f"{root}/vit.pth", 32)(pixels()), seen)
+
+        # buffers that nothing needs, of types that a model has no use for; and a config.json as older files have it
+        (root / "bert/pytorch_model.bin").unlink()
+        position_ids = {"embeddings.position_ids": torch.arange(40)[None]}
+        write_safetensors(root / "bert/model.safetensors", weights | position_ids)
+        content = (root / "bert/model.safetensors").read_bytes()
+        for unknown in (b'"I64"', b'"U16"', b'"F8_E4M3"'):
+            length = int.from_bytes(content[:8], "little")
+            header = content[8:8 + length].replace(b'"I64"', unknown)
+            (root / "bert/model.safetensors").write_bytes(
+                len(header).to_bytes(8, "little") + header + content[8 + length:])
+            assert torch.equal(load_bert(str(root / "bert"))(ids), expected), unknown
+        config = json.loads((root / "bert/config.json").read_text())
+        for key in ("model_type", "layer_norm_eps", "pad_token_id", "hidden_act"):
+            config.pop(key)
+        (root / "bert/config.json").write_text(json.dumps(config))
+        assert torch.equal(load_bert(str(root / "bert"))(ids), expected)
+
+
+def test_weights_of_odd_kinds_are_told_in_a_sentence():
+    with folder() as root:
+        make_vit(root / "vit.pth")
+        good = torch.load(root / "vit.pth", weights_only=True)
+        quantised = torch.quantize_per_tensor(torch.ones(384), 0.1, 0, torch.qint8)
+        for change in ({"encoder.ln.bias": torch.ones(384).to_sparse()}, {"encoder.ln.bias": quantised},
+                       {"encoder.ln.bias": torch.tensor(1.0)}, {"encoder.ln.bias": torch.ones(384, dtype=torch.int8)},
+                       {7: torch.ones(1)}, {"conv_proj.weight": torch.tensor(1.0)}, {"encoder.ln.bias": None},
+                       {"encoder.ln.bias": torch.ones(384, dtype=torch.complex64)}, {"class_token": 3}):
+            torch.save({**good, **change}, root / "odd.pth")
+            assert "\n" not in refused(lambda: load_vit(f"{root}/odd.pth", 32), "odd.pth")
+
+
+def test_labels_can_be_numbers_or_lacking():
+    """Whole numbers are names; test rows without a label get a prediction; names need not fit the terminal."""
+    with folder() as root:
+        rows = write_rows(root / "rows", train=[0, 1] * 20, val=[0, 1], test=[..., 1, None])
+        argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(rows), "--epochs", "1")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            train.main([*argv, "--out", f"{root}/run"])
+        assert "2 classes: '0', '1'" in said.getvalue() and "on 1 labelled samples" in said.getvalue()
+        with (root / "run/predictions.csv").open(newline="") as file:
+            table = list(csv.DictReader(file))
+        assert [row["label"] for row in table] == ["", "1", ""] and {row["prediction"] for row in table} <= {"0", "1"}
+        assert table[0]["image"] == f"{rows}/red.jpg" and table[0]["text"] == "a photo of thing 0"
+        write_rows(root / "rows", test=[...])
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            train.main([*argv, "--out", f"{root}/unknown"])
+        assert "no score" in said.getvalue()
+
+        write_rows(root / "rows", train=["grün", "rød"] * 20, val=["grün"], test=["rød", "grün"])
+        with mock.patch.dict(os.environ, HOME=str(root)):
+            done = start([*argv, "--data-dir", "~/rows", "--out", f"{root}/names"], PYTHONIOENCODING="ascii")
+            said, errors = done.communicate(timeout=120)
+        assert done.returncode == 0 and r"gr\xfcn" in said, errors
+        assert not (HERE / "~").exists() and (root / "names/results.json").exists()
+
+
+def test_file_systems_and_sizes_that_are_odd():
+    with folder() as root:
+        for number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            with mock.patch("os.fsync", side_effect=OSError(number, "cannot sync")):
+                train.write(root / "file", str(number))
+            assert (root / "file").read_text() == str(number)
+        make_food(root / "food", train_count=60)
+        (root / "food/images/train/red/red_0.jpg").unlink()
+        splits = data.load("food101", root / "food")
+        assert len(splits["train"]) + len(splits["val"]) == 59, "one missing image of sixty is no reason to refuse"
+
+
+def test_every_signal_of_a_cluster_saves():
+    with folder() as root:
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+            kept = train.task_loss
+
+            def loss(*args):
+                os.kill(os.getpid(), number)
+                return kept(*args)
+
+            out = root / number.name
+            with mock.patch("train.task_loss", loss):
+                raises(train.Stopped, lambda: train.main(arguments(root, "--out", str(out))))
+            assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sentences instead of tracebacks, and new rows
+
+
+def test_checkpoints_of_other_programs_are_told_in_a_sentence():
+    with folder() as root:
+        path = root / "run/last.pt"
+        stop_in_the_first_step(arguments(root, "--out", str(path.parent)))
+        good = torch.load(path, weights_only=True)
+        for content in (None, 3, [1], {}, {"model": {}}, {"config": {}}, {**good, "config": 1}, {**good, "trained": None},
+                        {**good, "progress": []}, {**good, "classes": None}, {**good, "config": {"lr": 1}},
+                        {**good, "optimizer": {}}, {**good, "digests": {}}, {**good, "config": {**good["config"], "new": 1}},
+                        {**good, "trained": {}}, {**good, "progress": {"log": [], "new": 1}},
+                        {k: v for k, v in good.items() if k != "scaler"}):
+            torch.save(content, path)
+            assert "\n" not in refused(lambda: train.main(["--resume", f"{root}/run"]), "")
+            torch.save(content, root / "best.pt")
+
+
+def test_processes_that_would_not_talk_are_told():
+    for environment, world, words_ in (({"RANK": "0"}, 2, "torchrun"), ({"SLURM_NTASKS": "4"}, 1, "torchrun"),
+                                       ({"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "x"}, 2, "MASTER_PORT")):
+        with mock.patch.dict(os.environ, environment, clear=True), mock.patch("train.WORLD", world):
+            with mock.patch("torch.distributed.init_process_group", side_effect=AssertionError):
+                refused(train.start_processes, words_)
+    with mock.patch.dict(os.environ, {"RANK": "0", "SLURM_NTASKS": "1"}, clear=True):
+        train.start_processes()
+        assert not torch.distributed.is_initialized(), "RANK alone makes no group"
+
+
+def test_new_rows_are_scored():
+    with folder() as root:
+        train.main(arguments(root, "--epochs", "1", "--out", f"{root}/run"))
+        checkpoint = ["--checkpoint", f"{root}/run/best.pt"]
+        shutil.copytree(root / "food/images/test", root / "new/pictures")
+        names = sorted(str(f.relative_to(root / "new")) for f in (root / "new").rglob("*.jpg"))
+        rows = [{"image": name, "text": f"a photo of a round thing, {i}"} for i, name in enumerate(names)]
+        (root / "new/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        train.main(["--predict", f"{root}/new/rows.jsonl", *checkpoint])
+        with (root / "new/predictions.csv").open(newline="") as file:
+            table = list(csv.DictReader(file))
+        assert [row["image"] for row in table] == [f"{root}/new/{name}" for name in names]
+        assert {row["label"] for row in table} == {""} and {row["prediction"] for row in table} <= {"red", "green"}
+        assert all(0.5 <= float(row["probability"]) <= 1 for row in table)
+        before = (root / "new/predictions.csv").read_bytes()
+        refused(lambda: train.main(["--predict", f"{root}/new/rows.jsonl", *checkpoint]), "predictions.csv", "move it")
+        assert (root / "new/predictions.csv").read_bytes() == before
+
+        (root / "new/odd.jsonl").write_text('{"image": "a.jpg"}')
+        for inputs, hint in ((["new/odd.jsonl"], "odd.jsonl:1"), (["new/none.jsonl"], "none.jsonl"),
+                             (["a", "b", "c"], "--predict takes"), ([names[0], "caf\udce9"], "surrogates")):
+            refused(lambda: train.main(["--predict", f"{root}/{inputs[0]}", *inputs[1:], *checkpoint]), hint)
+
+        # --eval reads the test split alone, and takes the classes from the checkpoint
+        shutil.rmtree(root / "food/images/train")
+        (root / "food/texts/train_titles.csv").unlink()
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            train.main(["--eval", *checkpoint])
+        assert '"samples": 12' in said.getvalue() and "train:" not in said.getvalue()
+        titles = root / "food/texts/test_titles.csv"
+        titles.write_text(titles.read_text().replace(",green", ",blue"))
+        (root / "food/images/test/green").rename(root / "food/images/test/blue")
+        refused(lambda: train.main(["--eval", *checkpoint]), "'blue'", "classes")
+
+
+def test_several_labels_are_joined_so_that_they_can_be_parted():
+    with folder() as root:
+        labels = [["a|b", 'c"'], ["a|b"], ['c"'], []]
+        rows = write_rows(root / "rows", train=labels * 5, val=labels, test=labels[:2])
+        train.main(arguments(root, "--dataset", "jsonl", "--data-dir", str(rows), "--epochs", "1", "--out", f"{root}/run"))
+        with (root / "run/predictions.csv").open(newline="") as file:
+            table = list(csv.DictReader(file))
+        assert list(table[0]) == ["id", "image", "text", "label", "prediction", "probability"]
+        assert [json.loads(row["label"]) for row in table] == labels[:2]
+        for row in table:
+            chosen, probability = json.loads(row["prediction"]), json.loads(row["probability"])
+            assert len(chosen) == len(probability) and set(chosen) <= {"a|b", 'c"'} and all(p > 0.5 for p in probability)
+            assert row["image"].endswith(".jpg")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Devices that are not here: what a CPU can show
+
+
+def test_forward_pass_on_tensors_that_only_claim_to_be_on_a_gpu():
+    """Types and devices work out under autocast with held matrices, in training and evaluation, for either modality."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    for dtype, text_is_main, training in itertools.product((torch.bfloat16, torch.float16), (False, True), (False, True)):
+        model = tiny()
+        if text_is_main:
+            model = MoPE(model.prior, model.main, 5)
+        model.cast_frozen(dtype).train(training)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+            for module in model.modules():  # as Module.to("cuda") does, which cannot move fake tensors
+                for kind in (module._parameters, module._buffers):
+                    for name, t in kind.items():
+                        if t is not None:
+                            claimed = torch.empty(t.shape, dtype=t.dtype, device="cuda")
+                            kind[name] = torch.nn.Parameter(claimed, t.requires_grad) if kind is module._parameters else claimed
+            x, y = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.ones(4, 9, dtype=torch.long)
+            seen = {}
+            for name, module in model.named_modules():
+                if isinstance(module, mope.Attention):
+                    module.register_forward_hook(lambda module, inputs, output, name=name: seen.update(
+                        {name: {t.dtype for t in (*inputs[:2], output)}}))
+            there = mock.Mock(return_value=True)  # else autocast would switch itself off
+            with mock.patch("torch.cuda.is_available", there), mock.patch("torch.cuda.is_bf16_supported", there):
+                autocast = torch.autocast("cuda", dtype)
+            with autocast:
+                logits, routing, importance = model(*((y, x) if text_is_main else (x, y)))
+            assert len(seen) == 5 and all(kinds == {dtype} for kinds in seen.values()), "cast before they are joined"
+            for t in (logits, routing, importance):
+                assert t.dtype == torch.float32 and t.device.type == "cuda"
+            loss = train.task_loss(logits, torch.zeros(4, dtype=torch.long)) + importance
+            loss.backward()
+            for name, p in model.named_parameters():
+                assert (p.grad is not None) == p.requires_grad, name
+                assert p.grad is None or p.grad.dtype == p.dtype == torch.float32 and p.grad.device.type == "cuda", name
+
+
+def test_head_and_loss_are_exact_under_autocast():
+    need_bfloat16()
+    model = tiny().cast_frozen(torch.bfloat16).eval()
+    features = []
+    model.head.register_forward_hook(lambda module, inputs, output: features.append((inputs[0], output)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(pixels(), words()).logits
+    [(feature, output)] = features
+    assert feature.dtype == output.dtype == torch.float32
+    assert torch.equal(logits, F.linear(feature, model.head.weight, model.head.bias))
+
+
+def test_only_pinned_memory_is_copied_without_waiting():
+    for kind, quickly in (("cuda", True), ("mps", False), ("cpu", False)):
+        run_ = train.Run({"compile": False, "main": "vision"}, Path(), torch.device(kind), torch.float32, mock.Mock(
+            return_value=(1, 2, 3)))
+        batch = {name: mock.Mock() for name in ("images", "texts", "labels")}
+        with mock.patch("torch.autocast", contextlib.nullcontext), mock.patch("torch.autocast", mock.MagicMock()):
+            run_.forward(batch)
+        for tensor in batch.values():
+            [(_, asked)] = tensor.to.call_args_list
+            assert bool(asked.get("non_blocking")) == quickly, kind
+    with mock.patch("torch.utils.data.dataloader._BaseDataLoaderIter", side_effect=AssertionError):
+        pairs = data.Pairs(data.JsonLines(Path()), "val", [], ["a", "b"], False, 0)
+        for device in ("cuda", "mps", "cpu"):
+            assert data.loader(pairs, None, 32, 0, device).pin_memory == (device == "cuda")
+
+
+def test_fused_attention_is_for_devices_that_read_its_mask():
+    """Apple GPUs take the plain formula; "meta" tensors stand for theirs. On a CPU both give the same."""
+    q, k, v = (torch.randn(2, 3, 4, 8) for _ in range(3))
+    mask = torch.tensor([[True, True, True, False], [True, False, True, True]])[:, None, None]
+    assert torch.allclose(mope.attend(q, k, v, mask), mope.attend(q, k.clone().requires_grad_(), v, mask), atol=1e-6)
+    with mock.patch.object(mope.F, "scaled_dot_product_attention", side_effect=AssertionError("fused")):
+        assert mope.attend(*(t.to("meta") for t in (q, k, v, mask))).shape == q.shape
+        assert raises(AssertionError, lambda: mope.attend(q, k, v, mask)) == "fused"
+
+
+def test_precision_follows_the_card():
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for capability, kind in (((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
+                             ((9, 0), torch.bfloat16)):
+        with mock.patch("torch.cuda.get_device_capability", return_value=capability):
+            assert train.pick_precision("auto", gpu) == kind
+            assert train.pick_precision("float32", gpu) == torch.float32
+    assert train.pick_precision("auto", cpu) == train.pick_precision("auto", torch.device("mps")) == torch.float32
+
+
+def test_workers_are_as_many_as_the_cores_of_a_process():
+    for cores, processes, workers in ((2, "1", 2), (64, "1", 8), (8, "4", 2), (2, "4", 1)):
+        with mock.patch("os.sched_getaffinity", return_value=set(range(cores)), create=True), mock.patch.dict(
+                os.environ, LOCAL_WORLD_SIZE=processes):
+            assert train.parse(["--dataset", "food101"]).workers == workers
+            assert train.parse([]).workers == 0, "the toy needs none"
+
+
+def test_workers_live_as_long_as_they_are_needed():
+    with folder() as root:
+        argv = arguments(root)
+        splits = data.load("food101", root / "food")
+        config = {k: v for k, v in vars(train.parse(argv)).items() if k not in train.ACTIONS} | {"workers": 2}
+        tokenizer = data.load_tokenizer(load_bert(f"{root}/bert"), 16)
+        run_ = train.Run(config, root, torch.device("cpu"), torch.float32, None, splits, tokenizer)
+        for split in ("train", "val", "test"):
+            loader = run_.batches(split, 0)
+            assert loader.persistent_workers == (split != "test") and run_.batches(split, 1) is loader
+
+
+def test_ranks_get_the_checkpoint_from_the_first():
+    """They may have no access to its file; and each takes the card of its own number."""
+    with folder() as root:
+        stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
+        state = train.load_checkpoint(root / "run/last.pt")
+        with mock.patch("train.RANK", 1), mock.patch("train.WORLD", 2), mock.patch("train.gather", lambda items: items + [state]):
+            with mock.patch("train.load_checkpoint", side_effect=AssertionError("rank 1 has no such file")):
+                assert train.resolve(["--resume", "/elsewhere/run"])[1] == state["config"]
+    with mock.patch("torch.cuda.is_available", return_value=True), mock.patch("torch.cuda.device_count", return_value=4):
+        with mock.patch("torch.cuda.set_device") as chosen, mock.patch.dict(os.environ, LOCAL_RANK="3"):
+            assert train.pick_device("cuda") == torch.device("cuda", 3)
+            chosen.assert_called_once_with(torch.device("cuda", 3))
+
+
+def test_gradients_of_several_processes_share_their_memory():
+    with folder() as root, mock.patch("train.WORLD", 2), mock.patch("torch.distributed.new_group") as group:
+        for kind in ("cpu", "cuda"):
+            run_ = train.Run({"lr": 1.0, "weight_decay": 0.0}, root, torch.device(kind), torch.float32, tiny())
+            with mock.patch("train.DistributedDataParallel", side_effect=InputError("wrapped")) as wrapped:
+                refused(lambda: train.train(run_, None), "wrapped")
+            assert wrapped.call_args.kwargs["broadcast_buffers"] is False
+            assert wrapped.call_args.kwargs["gradient_as_bucket_view"] is True
+        group.assert_called_once_with(backend="nccl")
+
+
+def test_compiled_batch_may_hold_one_sample():
+    from torch._dynamo.testing import CompileCounter
+    model = tiny().eval()
+    exact = model(pixels(1), words(1)).logits
+    model.compile(backend=CompileCounter())
+    config = {"compile": True, "main": "vision"}
+    run_ = train.Run(config, Path(), torch.device("cpu"), torch.float32, model)
+    with torch.no_grad():
+        for n in (4, 1, 3):
+            logits = run_.forward(dict(images=pixels(n), texts=words(n), labels=torch.zeros(n)))[0]
+            assert len(logits) == n and (n > 1 or torch.allclose(logits, exact, atol=1e-5))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The router, and what the redesign brought
+
+
+def routers(width: int) -> tuple[ConditionalPrompts, torch.Tensor]:
+    torch.manual_seed(0)
+    prompts = ConditionalPrompts(12, 24, width, 0.1, n_static=0, n_experts=16, n_dynamic=1, mapped=False).eval()
+    return prompts, torch.randn(64, width) * 5 + 1
+
+
+def centred_logits(prompts: ConditionalPrompts, psi: torch.Tensor) -> torch.Tensor:
+    """The router's logits [B, L, k], up to a constant, read off its softmax."""
+    logits = prompts(psi)[1].log()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def test_router_starts_alike_and_moves_alike_whatever_the_width():
+    moved = []
+    for width in (64, 384, 768):
+        prompts, psi = routers(width)
+        start_ = centred_logits(prompts, psi).detach()
+        assert 0.85 < start_.std() < 1.15, f"width {width}: logits start with a deviation of {start_.std():.2f}"
+        optimizer = torch.optim.AdamW(prompts.router.parameters(), lr=3e-3)
+        (-prompts(psi[:1])[1].log()[..., 0].mean()).backward()
+        optimizer.step()
+        step = (centred_logits(prompts, psi[:1]) - start_[:1]).abs().max().item()
+        assert 0.02 < step < 0.5, f"width {width}: a step moves logits by {step:.3f}"
+        moved.append(step)
+    assert max(moved) < 1.5 * min(moved)
+
+
+def test_encoder_that_ignores_its_prompts_is_refused():
+    class Deaf(torch.nn.Module):
+        dim, depth, prompt_init_bound = 24, 3, 0.1
+
+        def __init__(self, hears: bool):
+            super().__init__()
+            self.hears = hears
+
+        def forward(self, x: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
+            assert prompts.shape[:2] == (3, 4) and prompts.shape[3] == 24
+            feature = x.float().mean((1, 2, 3))[:, None].expand(-1, 24)
+            return feature + prompts.mean((0, 2)) if self.hears else feature
+
+    for text_is_main in (False, True):
+        bert = tiny().prior
+        refused(lambda: MoPE(Deaf(False), bert, 5)(pixels(), words()), "Deaf ignores its prompts")
+        assert MoPE(Deaf(True), bert, 5)(pixels(), words()).logits.shape == (4, 5)
+    with torch.no_grad():
+        MoPE(Deaf(False), bert, 5)(pixels(), words())  # without gradients it cannot be known
+
+
+def test_help_shows_the_defaults_of_the_data_set():
+    for dataset, wanted in (("food101", ("default: 128", "default: data/food101", "default: 0.003")),
+                            ("mmimdb", ("default: 256", "default: data/mmimdb")), ("shapes", ("default: 0.01",))):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                train.parse(["--dataset", dataset, "--help"])
+            except SystemExit as left:
+                assert not left.code
+        text = " ".join(said.getvalue().split())
+        assert all(word in text for word in wanted), f"{dataset}: {text}"
+        assert "several minutes" in text and "torchrun" in text
+
+
+def routing_picture(text: str = "what is this thing ?") -> Image.Image:
+    samples = [data.Sample(f"{'ab'[i % 2]}-{i}", np.zeros((8, 8, 3), np.uint8), f"{text} {i}", "a") for i in range(6)]
+    pairs = data.Pairs(data.Shapes(Path()), "test", samples, ["a", "b"], False, 0)
+    pairs.image_size = 8
+    return data.plot_routing(pairs, torch.eye(4)[[0, 1] * 3][:, None].expand(6, 3, 4))
+
+
+def test_picture_of_the_routing_needs_no_new_pillow():
+    """Before 10.1, Pillow has one font of one size, which knows Latin-1 only."""
+    if not hasattr(PIL.ImageFont, "load_default_imagefont"):
+        raise unittest.SkipTest("this Pillow cannot load the old font by name")
+    old = PIL.ImageFont.load_default_imagefont()
+
+    def load_default(*size):
+        if size:
+            raise TypeError("load_default() takes 0 positional arguments but 1 was given")
+        return old
+
+    whole = routing_picture("long " * 40 + "寿司 …")
+    with mock.patch("PIL.ImageFont.load_default", load_default):
+        assert routing_picture("long " * 40 + "寿司 …").size == whole.size
+    assert len(whole.getcolors(1 << 24)) > 50
+
+
+def test_what_the_routing_tells_of_the_kinds():
+    even, each = torch.full((4, 2), 0.5), torch.eye(2)[[0, 1, 0, 1]]
+    for routing, bits in ((even, 0.0), (each, 1.0)):
+        names, mean, told, most = data.routing_by_kind(["a", "b", "a", "b"], routing)
+        assert names == ["a", "b"] and torch.equal(mean, routing[:2]) and abs(told - bits) < 1e-6 and abs(most - 1) < 1e-6
+    *_, told, most = data.routing_by_kind(list("abcd"), each)
+    assert abs(told - 1) < 1e-6 and abs(most - 1) < 1e-6, "two experts tell one bit of two"
+
+
+def test_layout_of_ones_own_as_the_docstring_shows():
+    [example] = re.findall(r"\n( +class Memes.*?)\n\n +Then name it", data.Layout.__doc__, re.S)
+    space = {"Layout": data.Layout, "Sample": data.Sample}
+    exec(textwrap.dedent(example), space)
+    with folder() as root, mock.patch.dict(data.DATASETS, memes=space["Memes"]):
+        (root / "img").mkdir()
+        Image.new("RGB", (8, 8)).save(root / "img/a.png")
+        for split in ("train", "val", "test"):
+            (root / f"{split}.tsv").write_text("a.png\tfunny\tyes\na.png\tnot\tno\n")
+        splits = data.load("memes", root)
+        assert splits["train"].classes == ["no", "yes"] and not splits["test"][0, 1][-1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# README
+
+
 def test_readme_recipe_prompts_a_foreign_encoder():
     text = (HERE / "README.md").read_text()
     [recipe] = re.findall(r"```python\n(class Prompted.*?)```", text, re.S)
@@ -1470,7 +2324,7 @@ def test_benchmark_against_insert_and_drop():
     for dtype, least in ((torch.float32, 1.15), (torch.bfloat16, 1.6)):
         if dtype == torch.bfloat16:
             need_bfloat16()
-        ours, usual = MoPE(ViT(), BERT(), 101, n_prior_prompts=0).hold_frozen(dtype), InsertAndDrop()
+        ours, usual = MoPE(ViT(), BERT(), 101, n_prior_prompts=0).cast_frozen(dtype), InsertAndDrop()
 
         def step(model):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -1494,7 +2348,7 @@ def test_benchmark_against_insert_and_drop():
 def test_benchmark_experts_are_free():
     torch.manual_seed(0)
     images, ids = pixels(32, 224), torch.randint(1, 30_000, (32, 24))
-    models = {k: MoPE(ViT(), BERT(), 101, n_prior_prompts=0, n_experts=k).hold_frozen(torch.bfloat16) for k in (1, 64)}
+    models = {k: MoPE(ViT(), BERT(), 101, n_prior_prompts=0, n_experts=k).cast_frozen(torch.bfloat16) for k in (1, 64)}
 
     def step(model):
         with torch.autocast("cpu", torch.bfloat16):
