@@ -2,26 +2,26 @@
 
 This file implements paper A: Jiang, Liu, Chen, "Conditional Prompt Tuning for Multimodal Fusion", arXiv 2312.03734.
 Paper B is its successor, arXiv 2403.10568. We could read the abstracts, public notes on the papers, and facts about
-the code published for paper B, but not the full texts. Where these leave a point open, a comment says "we" or "our
-choice".
+the code published for paper B, but not the full texts. "Our choice" marks what they leave open.
 
-The idea. Two pretrained Transformers stay frozen. One modality, y (the "prior" one), is encoded first. Its feature psi
-then steers the encoder of the other modality, x (the "main" one), by a few prompts that every layer attends to:
+The idea. Two pretrained Transformers stay frozen. One modality, y (the "prior" one), is encoded first. From its
+feature, psi, we make a few prompts for every layer of the encoder of the other modality, x (the "main" one), whose
+tokens then attend to them. So what is seen of x depends on y:
 
     y --> frozen encoder --> psi --> normalise --+--> router --> mixture of experts --> dynamic prompts --+
                ^              |                  +--> small MLP ----------------------> mapped prompt  ---+
          prior prompts        |                       learned ------------------------> static prompts ---+
-                              |                                                                           v
-    x ------------------------|-----------------------------------------> frozen encoder, prompted in every layer
-                              +--> linear head --> logits                                  |
-                                        ^----------------- feature of x -------------------+
+                              v                                                                           v
+      logits <--- linear head <--- feature of x <---- frozen encoder, prompted in every layer <----- all prompts
+                                                                    ^
+                                                                    x
+    shapes:  psi [B, D_y]  -->  each kind of prompts [L, B, l, D]  -->  all prompts [L, B, P, D]
 
-    shapes:  psi [B, D_y]  -->  each kind of prompts [L, B, ., D]  -->  all prompts [L, B, P, D]
+What is trained, with ViT-B/16 + BERT-base, 101 classes and the defaults: 4 prior prompts a layer (36,864 numbers), 6
+static prompts a layer (55,296), 16 experts of 6 prompts a layer (884,736), the routers (147,456), the MLP (168,976) and
+the head (155,237). That is 0.74 % of all parameters; the abstract of paper A says 0.7 %.
 
-Only prompts, experts, router, MLP and head are trained: 0.74 % of all parameters with ViT-B/16 + BERT-base and 101
-classes, where the abstract of paper A says 0.7 %.
-
-Symbols, used in every shape below; those of the prior modality carry a y where both occur, as in D_y:
+Symbols, used in every shape below. A y as in D_y marks the prior modality where both occur.
 
     B  batch                     L  layers of an encoder, i one of them     P  prompts of a layer, all kinds together
     N  tokens, [CLS] included    D  width of an encoder                     l  prompts of one kind in a layer
@@ -55,18 +55,16 @@ class InputError(ValueError):
 # The method: three kinds of prompts, the mixture of prompt experts, the importance loss
 
 
-ROUTER_SPEED = 4  # our choice: at a learning rate of 0.003, a step of Adam moves a router's logits by about 0.1
-
-
 class ConditionalPrompts(nn.Module):
     """Turn psi, the feature of the prior modality, into prompts for every layer of the main encoder (paper A).
 
-        static   P_s,i  [l, D]  global-level: learned, the same for every input
-        dynamic  P_d,i  [l, D]  instance-level: a mixture of k learned experts, weighted for this input by a router
-        mapped   P_m,i  [1, D]  instance-level: made from psi by a two-layer MLP
+        static   [l, D] a layer  global-level: learned, the same for every input
+        dynamic  [l, D] a layer  instance-level: a mixture of k learned experts, weighted for this input by a router
+        mapped   [1, D] a layer  instance-level: made from psi by a two-layer MLP
 
     Each kind can be left out: n_static=0, n_experts=0 or n_dynamic=0, mapped=False. A single expert (k = 1) needs no
-    router: it is always on. All layers are computed at once, so no loop runs over layers or experts.
+    router: it is always on. Here L is `layers`, D `dim`, D_y `prior_dim`, k `n_experts`, and l `n_static` or
+    `n_dynamic`; prompts start uniformly in [-init_bound, init_bound]. All layers are computed at once, without a loop.
     """
 
     def __init__(self, layers: int, dim: int, prior_dim: int, init_bound: float, n_static: int = 6, n_experts: int = 16,
@@ -74,52 +72,59 @@ class ConditionalPrompts(nn.Module):
         super().__init__()
         self.layers, self.dim, self.temperature = layers, dim, float(temperature)
         self.k = n_experts if n_dynamic else 0
-        self.static = uniform(init_bound, layers, n_static, dim) if n_static else None
-        self.experts = uniform(init_bound, layers, self.k, n_dynamic, dim) if self.k else None
+        self.static = new_prompts(init_bound, layers, n_static, dim) if n_static else None
+        self.experts = new_prompts(init_bound, layers, self.k, n_dynamic, dim) if self.k else None
 
-        # The routers of all layers are one matrix. Logits start with a standard deviation of about 1.
+        # The routers of all layers are one matrix. Its start makes logits with a standard deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)
 
-        # The sources give no width of the mapper. With 16, 0.74 % of ViT-B/16 + BERT-base is trained in all.
+        # The sources give no width of the mapper. With 16, our choice, 0.74 % of all parameters are trained.
         self.mapper = nn.Sequential(
             nn.Linear(prior_dim, mapper_width), nn.GELU(), nn.Linear(mapper_width, layers * dim)) if mapped else None
 
     def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """Return r_i = softmax(W_i psi / temperature + noise) of a normalised psi, and the same without noise.
+        """Return r_i = softmax(W_i psi * c / D_y / temperature) of a normalised psi, with noise and without, [B, L, k].
 
-        Both are [B, L, k]. The first mixes the experts; the second is what the importance loss and the metrics see.
+        W_i [k, D_y] is the router of layer i, and c is ROUTER_SPEED. The experts are mixed with noise, which is for
+        training only; the importance loss and the metrics see the routing without.
         """
         if self.router is None:
-            return (psi.new_ones(psi.shape[0], self.layers, 1),) * 2
-        # A step of Adam moves every weight by about the learning rate, so a logit by up to that times the sum of |psi|,
-        # which grows with D_y: undivided, the softmax would saturate within an epoch and stand still. Divided by D_y
-        # (the 1/fan-in rule of muP, arXiv 2203.03466), start and speed of the routers are the same for any encoder.
+            always_on = psi.new_ones(psi.shape[0], self.layers, 1)
+            return always_on, always_on
         scaled = psi * (ROUTER_SPEED / psi.shape[-1])
         logits = self.router(scaled).view(-1, self.layers, self.k) / self.temperature
-        # Noise is for training only. Of its size we know just the 1/k² in the code for paper B.
+        # The noise has a standard deviation of 1/k², as in the code for paper B; nothing else is known about it.
         noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
         return (logits + noise).softmax(-1), logits.softmax(-1)
 
     def forward(self, psi: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Turn psi [B, D_y] into prompts [L, B, P, D] and the noise-free routing [B, L, k]; None for what is absent."""
-        # Our choice: features differ in scale between encoders, and router and MLP should not have to care.
+        # Our choice: we normalise psi, because features of different encoders have different scales.
         psi = F.layer_norm(psi, psi.shape[-1:])
         prompts, routing = [], None
         if self.static is not None:
             prompts.append(self.static.unsqueeze(1).expand(-1, psi.shape[0], -1, -1))  # [L, B, l, D]
         if self.experts is not None:
-            mix, routing = self.route(psi)
-            # P_d,i = sum_j r_i,j E_i,j, where E_i,j [l, D] is expert j of layer i. Every expert takes part. (To try
-            # top-1 routing, put `mix = mix * F.one_hot(mix.argmax(-1), self.k)` before this line.)
-            prompts.append(torch.einsum("BLk,LklD->LBlD", mix, self.experts))
+            noisy, routing = self.route(psi)
+            # For top-1 routing, insert here: noisy = noisy * F.one_hot(noisy.argmax(-1), self.k)
+            # A dense mixture: dynamic prompts of layer i = the sum over j of r_i,j E_i,j, with experts E_i,j [l, D].
+            prompts.append(torch.einsum("BLk,LklD->LBlD", noisy, self.experts))
         if self.mapper is not None:
             prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))  # [L, B, 1, D]
         return (torch.cat(prompts, dim=2) if prompts else None), routing
 
 
-def uniform(bound: float, *shape: int) -> nn.Parameter:
+# Adam changes every weight by about the learning rate in a step. A logit is a sum over D_y inputs, so it can change by
+# the learning rate times the sum of |psi|, which grows with D_y: the softmax of a wide encoder would saturate within an
+# epoch, and the router would stop learning. So we divide by D_y (the 1/fan-in rule of muP, arXiv 2203.03466), and
+# routers learn alike for every encoder. At a temperature of 0.1 and a rate of 0.003, a step moves a logit by at most
+# about 0.1.
+ROUTER_SPEED = 4  # our choice; a tie with 2 on the toy of the README, and 8 was worse
+
+
+def new_prompts(bound: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
@@ -127,12 +132,12 @@ def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
     """Return the mean over layers of CV(Imp)², where Imp(j) is expert j's weight summed over the batch.
 
     CV is standard deviation / mean over the experts; routing is [B, L, k], free of noise. The loss is 0 if the experts
-    share the batch evenly, and k - 1 if one takes everything. It keeps the router from degenerating: from giving a few
-    experts nearly all the weight for every input, so that the others get almost no gradient and stay untrained.
+    share the batch evenly, and k - 1 if one takes everything. Without it, routing may degenerate: the router gives a
+    few experts nearly all the weight for every input, and the others get almost no gradient and stay untrained.
 
-    In a layer whose CV² is below the threshold the gradient stops: there the router is free to specialise. The sources
-    disagree on the threshold (0.05 or 0.1) and on CV or CV²; we take CV² < 0.05, layer by layer, with the population
-    standard deviation. The batch is that of one process and one micro-batch, not the global one.
+    Where the CV² of a layer is below the threshold, the loss gives no gradient, so that the layer's router may
+    specialise a little. The sources disagree on the threshold (0.05 or 0.1) and on CV or CV². We chose CV² < 0.05,
+    layer by layer, with the population standard deviation, in the batch of one process and one micro-batch.
     """
     importance = routing.float().sum(0)  # [L, k]
     cv2 = importance.var(-1, unbiased=False) / importance.mean(-1) ** 2  # [L]
@@ -140,7 +145,7 @@ def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
 
 
 def experts_used(routing: Tensor) -> Tensor:
-    """Return exp(entropy of the mean routing) of each layer: k if all experts are used alike, 1 if degenerate.
+    """Return exp(entropy of the mean routing) of each layer: k if all experts are used alike, 1 if only one is used.
 
     routing [B, L, k] -> [L].
     """
@@ -148,7 +153,10 @@ def experts_used(routing: Tensor) -> Tensor:
 
 
 def experts_per_sample(routing: Tensor) -> Tensor:
-    """Return exp(mean entropy of the routing of a sample) of each layer: 1 if each sample is sent to one expert."""
+    """Return exp(mean entropy of a sample's routing) of each layer: 1 if a sample is sent to one expert, k if to all.
+
+    routing [B, L, k] -> [L].
+    """
     return torch.special.entr(routing.float()).sum(-1).mean(0).exp()
 
 
@@ -168,16 +176,18 @@ class MoPE(nn.Module):
         model = MoPE(load_vit("vit_b_16"), load_bert("bert-base-uncased"), num_classes=101)  # text prompts vision
         logits, routing, importance = model(images, input_ids)
 
-    Swap the encoders, and the inputs, to let vision prompt text. `n_prior_prompts` are ordinary learned prompts in each
-    layer of the prior encoder, as in the code for paper B; without them nothing in it needs a gradient. The head sees
-    both features (`head="both"`, our choice: the code for paper B uses the main one) or "main" alone, which without
-    router and mapper is a model of one modality. `finetune=True` trains the encoders too, for comparison. All other
-    arguments go to `ConditionalPrompts`. Weights stay in float32; for speed, use `hold_frozen` and autocast.
+    To prompt text with vision, swap them: MoPE(load_bert(...), load_vit(...), ...) and model(input_ids, images).
+    `n_prior_prompts` are ordinary learned prompts in each layer of the prior encoder, as in the code for paper B; with
+    0 of them, no gradient is computed for that encoder. The head gets both features, our choice; with `head="main"` it
+    gets the main one alone, as in the code for paper B, and if there is neither a router nor a mapper then, the model
+    uses one modality only. `finetune=True` trains the encoders too, for comparison. All other arguments go to
+    `ConditionalPrompts`. Weights stay in float32; for speed, use `cast_frozen` and autocast.
 
-    Any encoder can take the place of ours if it has `dim`, `depth` and `prompt_init_bound` and keeps this contract:
+    Any encoder can take the place of ours: a module with `dim` (its width), `depth` (its layers) and
+    `prompt_init_bound` that keeps this contract. The README has an example.
     - `encoder(x, prompts)` returns a feature [B, D]; prompts are [L, B, P, D] or None, and all layers have one width.
-    - Gradients pass through to the prompts, and whatever masks tokens lets every token see all P prompts.
-    - With causal attention the prompts stand in front: behind the tokens, nothing would see them.
+    - Layer i attends to prompts[i], gradients pass through to them, and a mask of tokens leaves them all visible.
+    - With causal attention, the prompts go in front: tokens cannot attend to what comes after them.
     - x is one tensor, so a mask travels inside it: as a padding id, or as ids and mask stacked.
     """
 
@@ -190,25 +200,26 @@ class MoPE(nn.Module):
                           **prompt_sizes)
         self.main, self.prior, self.finetune = main, prior, finetune
         self.prompts = ConditionalPrompts(main.depth, main.dim, prior.dim, main.prompt_init_bound, **prompt_sizes)
-        self.prior_prompts = uniform(
+        self.prior_prompts = new_prompts(
             prior.prompt_init_bound, prior.depth, n_prior_prompts, prior.dim) if n_prior_prompts else None
         self.head_sees_psi = head == "both"
-        self.head = nn.Linear(main.dim + prior.dim * self.head_sees_psi, num_classes)
+        self.head = nn.Linear(main.dim + (prior.dim if self.head_sees_psi else 0), num_classes)
         self.one_modality = not self.head_sees_psi and self.prompts.router is None and self.prompts.mapper is None
         if self.one_modality and n_prior_prompts:
             raise InputError("nothing of the prior modality reaches the head; set n_prior_prompts to 0")
 
-        # We freeze modules, and never choose parameters by their names.
         for encoder in (main, prior):
             frozen = encoder in self.frozen_encoders()
             encoder.requires_grad_(not frozen)
             if not frozen:
-                encoder.source = None  # it will not be what its file holds
+                encoder.source = None  # it will differ from the file that it was loaded from
         self.train()
 
     def frozen_encoders(self) -> list[nn.Module]:
-        """Return the encoders that are not trained. With `finetune`, that is the prior one where it is not used."""
-        return [self.main, self.prior] if not self.finetune else [self.prior] if self.one_modality else []
+        """Return the encoders that are not trained: both, or with `finetune` only a prior one that is not used."""
+        if self.finetune:
+            return [self.prior] if self.one_modality else []
+        return [self.main, self.prior]
 
     def train(self, mode: bool = True) -> MoPE:
         """Set the mode as usual, but keep frozen encoders in evaluation mode."""
@@ -217,40 +228,40 @@ class MoPE(nn.Module):
             encoder.eval()
         return self
 
-    def hold_frozen(self, dtype: torch.dtype) -> MoPE:
-        """Keep the frozen matrices in `dtype` instead of casting them in every step; then run under autocast."""
+    def cast_frozen(self, dtype: torch.dtype) -> MoPE:
+        """Cast the frozen matrices to `dtype` once, which autocast would do in every step; then run under autocast."""
         for module in (*self.main.modules(), *self.prior.modules()):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in module.parameters()):
                 module.to(dtype)
         return self
 
     def forward(self, x: Tensor, y: Tensor) -> Output:
-        """Classify a batch: x of the main modality, y of the prior one. Images are [B, 3, S, S] uint8, texts [B, N]."""
-        dtype = self.head.weight.dtype
-        if self.one_modality:
+        """Classify a batch, x of the main modality and y of the prior one: images [B, 3, S, S] uint8, texts [B, N]."""
+        dtype = self.head.weight.dtype  # prompts and head are computed in the precision of their weights
+        prior_prompts = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+        if prior_prompts is not None:
+            prior_prompts = prior_prompts.unsqueeze(1).expand(-1, y.shape[0], -1, -1)
+        if self.one_modality:  # nothing depends on psi
             psi = torch.zeros(x.shape[0], self.prior.dim, dtype=dtype, device=x.device)
         else:
-            given = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-            psi = self.prior(y, None if given is None else given.unsqueeze(1).expand(-1, y.shape[0], -1, -1)).to(dtype)
+            psi = self.prior(y, prior_prompts).to(dtype)  # [B, D_y]
 
-        exact = torch.autocast(psi.device.type, enabled=False)  # in the precision of the trained weights
-        with exact:
-            prompts, routing = self.prompts(psi)
+        with torch.autocast(psi.device.type, enabled=False):
+            prompts, routing = self.prompts(psi)  # [L, B, P, D], [B, L, k]
         feature = self.main(x, prompts).to(dtype)  # [B, D]
         if prompts is not None and prompts.requires_grad and not feature.requires_grad:
             raise InputError(f"{type(self.main).__name__} ignores its prompts, or lets no gradient through to them; "
-                             "every layer has to attend to prompts[i], as the docstring of MoPE says")
-        with exact:
-            logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature)
+                             "layer i has to attend to prompts[i], as the docstring of MoPE says")
+        with torch.autocast(psi.device.type, enabled=False):
+            logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature).float()  # [B, C]
 
-        no_router = self.prompts.router is None
-        importance = logits.new_zeros((), dtype=torch.float32) if no_router else importance_loss(routing)
-        return Output(logits.float(), routing, importance)
+        importance = importance_loss(routing) if self.prompts.router is not None else logits.new_zeros(())
+        return Output(logits, routing, importance)
 
     def trained_state(self) -> dict:
         """Return what was trained, as plain data for `torch.save`, with the model's sizes and its backbones' facts."""
         weights = {name: t.detach().cpu().clone() for name, t in self.trained_tensors().items()}
-        return {"weights": weights, "sizes": self.sizes, "backbones": self.backbone_facts()}
+        return {"weights": weights, "sizes": self.sizes, "backbones": self.compatibility_facts()}
 
     def load_trained_state(self, state: dict) -> MoPE:
         """Load what `trained_state` returned. The mode stays as it is: call `eval()` to predict.
@@ -259,10 +270,11 @@ class MoPE(nn.Module):
         """
         if not isinstance(state, dict) or not {"weights", "backbones"} <= state.keys():
             raise InputError(f"a trained state holds weights and backbones, but this is {str(state)[:60]}")
-        have, want = self.backbone_facts(), state["backbones"]
-        for fact in want:
-            if None not in (want[fact], have.get(fact)) and want[fact] != have[fact] and not fact.endswith("name"):
-                raise InputError(f"{fact} is {have[fact]}, but what was trained belongs to {want[fact]}, of: {want}")
+        have, want = self.compatibility_facts(), state["backbones"]
+        for fact, value in want.items():
+            unknown = value is None or have.get(fact) is None or fact.endswith("name")
+            if not unknown and value != have[fact]:
+                raise InputError(f"{fact} is {have[fact]}, but the state was trained with {value}, of: {want}")
         tensors = self.trained_tensors()
         check_same_tensors(tensors, state["weights"], "the trained state")
         with torch.no_grad():
@@ -271,13 +283,13 @@ class MoPE(nn.Module):
         return self
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Return all tensors but those of frozen encoders, whether or not they require a gradient just now."""
+        """Return all tensors but those of frozen encoders, except for what somebody unfroze in these."""
         frozen = {id(t) for encoder in self.frozen_encoders() for t in encoder.state_dict(keep_vars=True).values()
                   if not t.requires_grad}
         return {name: t for name, t in self.state_dict(keep_vars=True).items() if id(t) not in frozen}
 
-    def backbone_facts(self) -> dict:
-        """Return what weights of the right names and shapes could still be wrong for. None means not known."""
+    def compatibility_facts(self) -> dict:
+        """Return what names and shapes of weights do not show, and a model has to share to use them; None = unknown."""
         facts = {"temperature": self.prompts.temperature}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
             facts |= {f"{part} {fact}": value for fact, value in (getattr(encoder, "source", None) or {}).items()}
@@ -286,10 +298,10 @@ class MoPE(nn.Module):
 
     def report(self) -> str:
         """Return a table of total, frozen and trainable parameters by part."""
-        made = self.prompts
+        prompts = self.prompts
         parts = {"main encoder": self.main, "prior encoder": self.prior, "prior prompts": self.prior_prompts,
-                 "static prompts": made.static, "experts": made.experts, "router": made.router, "mapper": made.mapper,
-                 "head": self.head, "all": self}
+                 "static prompts": prompts.static, "experts": prompts.experts, "router": prompts.router,
+                 "mapper": prompts.mapper, "head": self.head, "all": self}
         lines = [f"{'parameters':<16}{'total':>14}{'frozen':>14}{'trainable':>14}"]
         for name, part in parts.items():
             total, trained = count(part)
@@ -310,9 +322,10 @@ def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
 class Block(nn.Module):
     """A Transformer layer that can be prompted; pre-norm as in ViT, post-norm as in BERT.
 
-    The papers insert the prompts into the sequence and throw their outputs away after the layer. So the only thing a
-    layer ever uses of them is that its tokens attend to them: their keys and values. We compute just those, and no
-    query, attention output or MLP of a prompt. The tokens come out the same, with less work.
+    The papers insert the prompts into the sequence and throw their outputs away after the layer. Within a layer, tokens
+    touch each other only in attention, since norms and MLP treat each one alone. So a prompt affects the tokens only
+    through its key and its value. We compute these, and no query, attention output or MLP of a prompt: the tokens come
+    out the same, with less work. Where a prompt stands does not matter, since attention knows no positions.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
@@ -325,19 +338,19 @@ class Block(nn.Module):
             fc1=nn.Linear(dim, mlp_dim), act=nn.GELU(), fc2=nn.Linear(mlp_dim, dim)))  # exact (erf) GELU
 
     def forward(self, x: Tensor, prompts: Tensor | None = None, mask: Tensor | None = None,
-                first: int | None = None) -> Tensor:
+                n_out: int | None = None) -> Tensor:
         """Compute a layer: x [B, N, D], prompts [B, P, D], mask [B, 1, 1, N + P] with True = visible -> [B, N, D].
 
-        With `first`, only that many tokens are computed; the last layer needs no more than [CLS].
+        With `n_out` it returns the first n_out tokens only; of the last layer, [CLS] can be all that is needed.
         """
-        dtype = self.attn.qkv.weight.dtype  # cast once, before tokens and prompts are joined
+        dtype = self.attn.qkv.weight.dtype  # lower after `cast_frozen`; it pays to cast before joining the two
         h = (self.norm1(x) if self.pre_norm else x).to(dtype)
         context = h
         if prompts is not None:
             prompts = (self.norm1(prompts) if self.pre_norm else prompts).to(dtype)
             context = torch.cat([h, prompts], dim=1)  # [B, N + P, D]
-        if first is not None:
-            x, h = x[:, :first], h[:, :first]
+        if n_out is not None:
+            x, h = x[:, :n_out], h[:, :n_out]
         x = x + self.attn(h, context, mask)
 
         if self.pre_norm:
@@ -356,7 +369,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)  # one matrix, rows in the order query, key, value, as in checkpoints
+        self.qkv = nn.Linear(dim, 3 * dim)  # one matrix, rows in the order query, key, value
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -366,8 +379,8 @@ class Attention(nn.Module):
         query = F.linear(x, weight[:dim], bias[:dim])
         key, value = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
 
-        heads = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))  # [B, H, N, D/H]
-        out = attend(*heads, mask)
+        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        out = attend(query, key, value, mask)  # of [B, H, Nq, D/H] and twice [B, H, Nk, D/H]
         return self.proj(out.transpose(1, 2).flatten(2))  # [B, H, Nq, D/H] -> [B, Nq, D]
 
 
@@ -376,8 +389,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
     mask [B, 1, 1, Nk]: True = this key is visible; None = all are.
     """
-    # We take PyTorch's fused kernel, but for two cases. On a CPU with a backward pass it is no faster in float32 and
-    # slower in bfloat16; on Apple GPUs it has misread masks that are broadcast over heads (pytorch#184180).
+    # We use PyTorch's fused kernel on CUDA, and on a CPU without a backward pass; with one, it is no faster in float32
+    # and slower in bfloat16. On Apple GPUs it has misread masks that are broadcast over heads (pytorch#184180).
     if query.device.type == "cuda" or (query.device.type == "cpu" and not key.requires_grad):
         return F.scaled_dot_product_attention(query, key, value, mask)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, H, Nq, Nk]
@@ -387,13 +400,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The two encoders. Inside, names are those of timm's and DINOv2's checkpoints, and BERT's for what only a BERT has.
+# The two encoders. Names inside follow the checkpoints of timm and DINOv2; what only a BERT has is named as in BERT's.
 
 
 class Encoder(nn.Module):
     """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
-    source: dict | None = None  # name and sha256 of the file that the weights came from; set by the loaders
+    source: dict | None = None  # name and hashes of the files that it was loaded from; set by the loaders
     prompt_init_bound: float  # prompts for this encoder start uniformly in [-bound, bound]
 
     def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
@@ -401,8 +414,8 @@ class Encoder(nn.Module):
         self.dim, self.depth = dim, depth
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps, pre_norm) for _ in range(depth))
 
-    def run_blocks(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, first: int | None) -> Tensor:
-        """Send x [B, N, D] through all blocks -> [B, N or `first`, D]; mask [B, N], True = a real token, or None."""
+    def run_blocks(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, n_out: int | None) -> Tensor:
+        """Send x [B, N, D] through all blocks -> [B, N or n_out, D]; mask [B, N], True = a real token, or None."""
         if mask is not None:
             if prompts is not None:
                 mask = F.pad(mask, (0, prompts.shape[2]), value=True)  # every token sees every prompt
@@ -410,7 +423,7 @@ class Encoder(nn.Module):
 
         prompts = [None] * self.depth if prompts is None else prompts.unbind()
         for block, given in zip(self.blocks, prompts, strict=True):  # given [B, P, D]
-            x = block(x, given, mask, first if block is self.blocks[-1] else None)
+            x = block(x, given, mask, n_out if block is self.blocks[-1] else None)
         return x
 
 
@@ -437,7 +450,7 @@ class ViT(Encoder):
         self.register_buffer("shift", 255 * torch.tensor(self.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", 255 * torch.tensor(self.std).view(3, 1, 1), persistent=False)
 
-    def tokens(self, images: Tensor, prompts: Tensor | None = None, first: int | None = None) -> Tensor:
+    def tokens(self, images: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
         """Encode images [B, 3, S, S], uint8, not normalised -> tokens [B, N, D] after the final norm, [CLS] first."""
         if images.is_floating_point() or images.shape[-2:] != (self.image_size, self.image_size):
             raise InputError(f"images are {images.dtype} {list(images.shape)}; expected uint8 pixels of 0 to 255, not "
@@ -445,11 +458,11 @@ class ViT(Encoder):
         images = (images - self.shift) / self.scale
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N - 1, D]
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        return self.norm(self.run_blocks(x, prompts, None, first))
+        return self.norm(self.run_blocks(x, prompts, None, n_out))
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Encode images [B, 3, S, S] -> feature [B, D], the [CLS] token."""
-        return self.tokens(images, prompts, first=1)[:, 0]
+        return self.tokens(images, prompts, n_out=1)[:, 0]
 
 
 class BERT(Encoder):
@@ -472,25 +485,25 @@ class BERT(Encoder):
         for embedding in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def tokens(self, ids: Tensor, prompts: Tensor | None = None, first: int | None = None) -> Tensor:
+    def tokens(self, ids: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
         """Encode ids [B, N], padded with pad_id -> last hidden states [B, N, D].
 
-        A text of padding alone gives nan; a tokenizer makes [CLS] and [SEP] of an empty one.
+        A row of padding alone gives nan. A tokenizer makes none: it adds [CLS] and [SEP] even to an empty text.
         """
         if ids.shape[1] > self.max_length:
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
         x = self.norm(x + self.token_type_embeddings.weight[0])  # a single text: every token is of type 0
-        return self.run_blocks(x, prompts, ids != self.pad_id, first)
+        return self.run_blocks(x, prompts, ids != self.pad_id, n_out)
 
     def forward(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Encode ids [B, N] -> feature [B, D]: the mean over real tokens, or with pooling "cls" the first token.
 
-        The code for paper B reads [CLS]. We take the mean: in an encoder trained on masked words, little or nothing
-        ever asked [CLS] to summarise the sentence.
+        The code for paper B reads [CLS]. The mean is our choice: predicting masked words does not train [CLS] to
+        summarise a sentence, and predicting the next sentence does so only weakly.
         """
         if self.pooling == "cls":
-            return self.tokens(ids, prompts, first=1)[:, 0]
+            return self.tokens(ids, prompts, n_out=1)[:, 0]
         real = (ids != self.pad_id).unsqueeze(-1)  # [B, N, 1]
         return (self.tokens(ids, prompts) * real).sum(1) / real.sum(1)
 
@@ -498,8 +511,8 @@ class BERT(Encoder):
 # ---------------------------------------------------------------------------------------------------------
 # The method ends here. What follows finds, checks and renames pretrained weights; a first reading can skip it.
 #
-# A name is tried in order as a local path, in the cache, and as a download: the names of `VISION` in the cache of
-# torch.hub, checked by hash; BERTs and timm's ViTs in that of huggingface_hub, bert-base-uncased at a fixed revision.
+# A name is tried in order as a local path, in the cache, and as a download. The names of `VISION` are kept in the cache
+# of torch.hub and checked by hash; BERTs and timm's ViTs in that of huggingface_hub, bert-base-uncased at one revision.
 
 TORCHVISION, DINOV2 = "https://download.pytorch.org/models/", "https://dl.fbaipublicfiles.com/dinov2/"
 VISION = {  # name -> url, first digits of the sha256
@@ -525,8 +538,8 @@ BERT_NAMES = {
     r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
     r"attention\.output\.dense": "attn.proj", r"attention\.output\.LayerNorm": "norm1",
     r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"output\.LayerNorm": "norm2"}
-# What other programs put around an encoder: its tensors can lie in such an entry and bear such prefixes (one of
-# FIRST_TENSORS shows which), and heads and the like, which have no use here, lie beside them.
+# Other programs can keep an encoder's tensors in one of these entries and put such prefixes before their names; which,
+# one of FIRST_TENSORS shows. Heads and the like are left out.
 ENTRIES = ("model", "state_dict", "teacher", "student")
 PREFIXES = r"((module|_orig_mod|backbone|encoder|model|vit|bert|teacher|student)\.)+"
 FIRST_TENSORS = ("cls_token", "class_token", "embeddings.word_embeddings.weight")
@@ -570,7 +583,7 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
 
 def load_bert(name: str, pooling: str = "mean") -> BERT:
     """Load a BERT in float32 from a folder (config.json, weights, tokenizer) or a hub id. Raises InputError."""
-    repo, revision = BERT_BASE if name == "bert-base-uncased" else (name, None)
+    repo, revision = BERT_BASE if name == "bert-base-uncased" and not Path(name).exists() else (name, None)
     folder = find(repo, "bert-base-uncased", BERT_FORMATS, revision)
     path = next((folder / file for file in BERT_FORMATS if (folder / file).exists()), folder / BERT_FORMATS[0])
     config = read_config(folder / "config.json")
@@ -604,7 +617,7 @@ def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tenso
     renamed, unused = {}, []
     for name, tensor in weights.items():
         name = name.removeprefix(prefix)
-        if re.match(UNUSED, name):
+        if re.match(f"({PREFIXES})?{UNUSED}", name):
             unused.append(name)
             continue
         for pattern, replacement in names.items():
@@ -669,8 +682,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             start = file.read(24)
         raise InputError(f"{path}: not a file of named tensors, or cut short ({str(error)[:100] or repr(error)}); it "
-                         f"begins with {start!r}. A web page or a git-LFS pointer (run `git lfs pull`) stands for "
-                         "another file: get that one. Else download it again") from None
+                         f"begins with {start!r}. If that is a web page or a git-LFS pointer (run `git lfs pull`), get "
+                         "the file that it stands for; else download it again") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -684,9 +697,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if entry["dtype"] not in dtypes:  # if it was needed, it is missed later
+            continue
         (start, end), dtype, size = entry["data_offsets"], dtypes[entry["dtype"]], math.prod(entry["shape"])
         if not 0 <= start <= end <= len(data) - first or end - start != size * dtype.itemsize:
-            raise ValueError(f"the data of {name} lie outside the file")
+            raise ValueError(f"the data of {name} do not fit")
         tensors[name] = torch.frombuffer(data, dtype=dtype, count=size, offset=first + start).view(entry["shape"])
     return tensors
 
@@ -727,15 +742,15 @@ def find_vit(name: str) -> tuple[Path, dict]:
     return path, {}
 
 
-def find(name: str, other: str, formats: tuple = ("model.safetensors",), revision: str | None = None) -> Path:
+def find(name: str, alternative: str, formats: tuple = ("model.safetensors",), revision: str | None = None) -> Path:
     """Return a local file or folder, or else the folder of a hub id, with weights in the first format that it has."""
     path = Path(name).expanduser()
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"{name!r}: no such file or folder here; expected one, or a hub id (owner/name), or {other}")
+        raise InputError(f"{name!r}: no such file or folder; expected one, or a hub id (owner/name), or {alternative}")
     try:
-        from huggingface_hub import snapshot_download  # `tokenizers` depends on it
+        from huggingface_hub import snapshot_download  # it comes with tokenizers
 
         for weights in formats:
             files = [weights, "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]

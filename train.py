@@ -1034,7 +1034,7 @@ def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype, 
     model = MoPE(main_encoder, *encoders.values(), classes, n_prior_prompts=config["prior_prompts"],
                  head=config["head"], finetune=config["finetune"], n_static=config["static"],
                  n_experts=config["experts"], n_dynamic=config["dynamic"], mapped=config["mapped"],
-                 mapper_width=config["mapper"], temperature=config["temperature"]).hold_frozen(dtype).to(device)
+                 mapper_width=config["mapper"], temperature=config["temperature"]).cast_frozen(dtype).to(device)
     if config["compile"]:
         model.compile()
     return model
