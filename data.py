@@ -425,7 +425,7 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     that a data set lacks is held out of train, stratified, by a fixed seed. `test_for` are classes and multilabel of
     the trained model. Raises InputError.
     """
-    source = DATASETS[dataset](Path(folder))
+    source = DATASETS[dataset](Path(folder).expanduser())
     if source.tree and not source.folder.is_dir():
         source.require(source.folder)
     hold_out = source.may_hold_out and not any((source.folder / f"{v}.jsonl").exists() for v in ("val", "dev"))
@@ -743,7 +743,7 @@ def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: i
     have kinds, the mean routing of each kind in that layer is shown too.
     """
     n, layers, k = routing.shape
-    layer = int(routing.var(0).sum(-1).argmax())
+    layer = int(routing.var(0, unbiased=False).sum(-1).argmax())
     share = routing[:, layer].mean(0)
     used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
     kinds, by_kind, told, most = routing_by_kind([pairs.source.kind(s) for s in pairs.samples], routing[:, layer])
@@ -767,8 +767,10 @@ def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: i
             x = right + 110 + column * (tile + 40)
             _, image, text, _, _ = pairs[0, i]
             page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile)), (x, y))
-            words = textwrap.wrap(text, 24, max_lines=3, placeholder=" …")
-            pen.text((x, y + tile + 2), "\n".join(words), "black", font(11))
+            words, small = "\n".join(textwrap.wrap(text, 24, max_lines=3, placeholder=" …")), font(11)
+            if not isinstance(small, ImageFont.FreeTypeFont):  # the old font knows Latin-1 only
+                words = words.encode("latin-1", "replace").decode("latin-1")
+            pen.text((x, y + tile + 2), words, "black", small)
     return page
 
 
