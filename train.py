@@ -48,17 +48,13 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import data
 from mope import BERT, InputError, MoPE, ViT, count, experts_per_sample, experts_used, load_bert, load_vit, regular_file
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
-# What a data set decides; any flag overrides it. text_length counts word pieces, [CLS] and [SEP] included.
+# The defaults that depend on the data set; a flag overrides each of them. text_length counts word pieces, [CLS] and
+# [SEP] included; encoders of None are those of the toy, made here.
 DEFAULTS = {
     "shapes":     dict(epochs=4, batch_size=64, lr=1e-2, text_length=16, vision=None, text=None, image_size=32,
                        static=4, experts=6, dynamic=4, mapper=64, prior_prompts=0, workers=0),
@@ -70,13 +66,13 @@ DEFAULTS = {
     "jsonl":      dict(epochs=10, batch_size=32, lr=3e-3, text_length=128),
 }
 
-# The methods that --method compares differ in sizes, in what is trained and in what the head sees.
+# --method chooses one of these: they differ in sizes, in what is trained and in what the head sees.
 AS_MANY_AS_MOPE = -1  # as many static prompts as MoPE has prompts of all kinds
 METHODS = {
     "mope":        dict(),
-    "mapped":      dict(experts=0),
-    "vanilla":     dict(experts=0, mapped=False, static=AS_MANY_AS_MOPE),
-    "late-concat": dict(experts=0, mapped=False, static=0, prior_prompts=0),
+    "mapped":      dict(experts=0),  # static and mapped prompts
+    "vanilla":     dict(experts=0, mapped=False, static=AS_MANY_AS_MOPE),  # static prompts alone
+    "late-concat": dict(experts=0, mapped=False, static=0, prior_prompts=0),  # a head on two frozen features
     "finetune":    dict(experts=0, mapped=False, static=0, prior_prompts=0, finetune=True, lr=1e-4),
     "image-only":  dict(experts=0, mapped=False, static=AS_MANY_AS_MOPE, prior_prompts=0, head="main", main="vision"),
     "text-only":   dict(experts=0, mapped=False, static=AS_MANY_AS_MOPE, prior_prompts=0, head="main", main="text"),
@@ -89,17 +85,17 @@ METHODS = {
 
 @dataclass
 class Progress:
-    """What training changes beside weights, optimizer and scaler.
+    """Everything that training changes beside weights, optimizer and scaler.
 
-    Random numbers need no state: data and router noise are functions of the seed, the epoch or step, and the sample or
-    process.
+    No state of random generators is kept: the order of the data and the router's noise are computed from the seed, the
+    epoch or step, and the sample or process.
     """
 
     epoch: int = 0
     step: int = 0  # of this epoch
     losses: list[float] = field(default_factory=list)  # of the steps of this epoch
-    seconds: float = 0.0
-    damaged: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "val": []})  # images, by split
+    seconds: float = 0.0  # of training in all epochs, validation aside
+    damaged: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "val": []})  # unreadable images
     log: list[dict] = field(default_factory=list)  # a line an epoch
 
 
@@ -115,7 +111,7 @@ class Run:
     splits: dict[str, data.Pairs] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     loaders: dict[str, DataLoader] = field(default_factory=dict)
-    network: torch.nn.Module | None = None  # the model, or what lets the processes average its gradients
+    network: torch.nn.Module | None = None  # the model, in DistributedDataParallel if there are several processes
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     progress: Progress = field(default_factory=Progress)
@@ -127,25 +123,27 @@ class Run:
         if split not in self.loaders:
             self.loaders[split] = data.loader(pairs, self.tokenizer, c["image_size"], c["workers"], self.device.type)
         plan = data.plan(pairs, c["batch_size"], c["seed"], epoch, start, RANK, WORLD, c["accumulate"])
-        self.loaders[split].batch_sampler[:] = plan
+        self.loaders[split].batch_sampler[:] = plan  # a list that the loader reads at the start of each epoch
         return self.loaders[split]
 
     def forward(self, batch: dict, network: torch.nn.Module | None = None) -> tuple:
         """Return logits, routing, importance loss and the labels on the device, for a batch of a loader."""
-        quickly = self.device.type == "cuda"  # from pinned memory; Apple GPUs may read memory that is free again
-        images, texts, labels = (batch[k].to(self.device, non_blocking=quickly) for k in ("images", "texts", "labels"))
+        no_wait = self.device.type == "cuda"  # from pinned memory; an Apple GPU might copy after the memory is freed
+        images, texts, labels = (
+            batch[key].to(self.device, non_blocking=no_wait) for key in ("images", "texts", "labels"))
         if self.config["compile"]:  # one graph for all lengths of texts, and for the last batch of an evaluation
             torch._dynamo.maybe_mark_dynamic(texts, 1)
-            for tensor in () if self.model.training else (images, texts):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            if not self.model.training:
+                torch._dynamo.maybe_mark_dynamic(images, 0)
+                torch._dynamo.maybe_mark_dynamic(texts, 0)
         x, y = (images, texts) if self.config["main"] == "vision" else (texts, images)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return *(network or self.model)(x, y), labels
 
     def loss(self, batch: dict, network: torch.nn.Module | None = None) -> torch.Tensor:
         """Return the task's loss plus the weighted importance loss."""
-        logits, _, importance, labels = self.forward(batch, network)
-        return task_loss(logits, labels) + self.config["importance"] * importance
+        logits, _, importance_loss, labels = self.forward(batch, network)
+        return task_loss(logits, labels) + self.config["importance"] * importance_loss
 
 
 def train(run: Run, state: dict | None) -> None:
@@ -164,13 +162,14 @@ def train(run: Run, state: dict | None) -> None:
         if state:
             restore(run, state)
         else:
-            check_new(run.out)  # once more: another run may have ended here meanwhile
+            check_new(run.out)  # again, since another run may have finished here in the meantime
             save(run, "last.pt")
         loop(run)
         finish(run)
 
 
 def loop(run: Run) -> None:
+    """Train all epochs that are left. A step takes --batch-size samples, over all processes and micro-batches."""
     config, model, at, pairs = run.config, run.model, run.progress, run.splits["train"]
     optimizer, scaler, network, accumulate = run.optimizer, run.scaler, run.network, config["accumulate"]
     epochs, steps = config["epochs"], pairs.steps(config["batch_size"])
@@ -182,7 +181,7 @@ def loop(run: Run) -> None:
         micro_batches = iter(run.batches("train", at.epoch, at.step))  # a resumed epoch goes on where it stopped
         began = time.perf_counter()
         for _ in progress_bar(range(at.step, steps), f"epoch {at.epoch + 1}/{epochs}", initial=at.step, total=steps):
-            step = at.epoch * steps + at.step
+            step = at.epoch * steps + at.step  # of all epochs
             torch.manual_seed(int(np.random.SeedSequence([config["seed"], step, RANK]).generate_state(1)[0]))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, epochs * steps, config["lr"])
@@ -194,13 +193,13 @@ def loop(run: Run) -> None:
                 if batch["damaged"]:
                     damaged = at.damaged["train"] + batch["damaged"]
                     at.damaged["train"] = data.check_damaged(damaged, pairs.samples, "train")
-                if WORLD > 1:  # only the last backward pass has to average gradients; DDP's no_sync() sets the same
+                if WORLD > 1:  # average gradients in the last backward pass only, as DDP's no_sync() does
                     network.require_backward_grad_sync = micro == accumulate - 1
                 part = run.loss(batch, network) / accumulate
                 scaler.scale(part).backward()
                 loss += part.detach()
 
-            # The step, unless the loss or the gradient is not finite.
+            # The step. If the loss or the gradient is not finite, check_step raises before the weights change.
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             loss, stop = check_step(run, loss, norm)
@@ -214,7 +213,7 @@ def loop(run: Run) -> None:
             if stop:
                 raise Stopped(stop)
 
-        # The epoch's end: validate, write a line, keep the best.
+        # At the end of an epoch: validate, write a line to the log, keep the best weights.
         at.damaged["train"] = data.check_damaged(gather(at.damaged["train"]), pairs.samples, "train")
         validation, rows = evaluate(run, "val")
         at.damaged["val"] = rows["damaged"]
@@ -237,27 +236,28 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return cross-entropy for one label a sample [B], unweighted binary cross-entropy for several [B, C]."""
+    """Return cross-entropy for one label per sample [B], unweighted binary cross-entropy for several [B, C]."""
     if labels.is_floating_point():
         return F.binary_cross_entropy_with_logits(logits, labels)
     return F.cross_entropy(logits, labels)
 
 
 def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, int]:
-    """Return the loss of a step and the signal to stop for (or 0), the same in all processes.
+    """Return the loss of a step and the number of the signal that asks to stop (or 0), the same in all processes.
 
-    Raises InputError if the loss or the gradient's norm is not finite. It is the one place in a step that waits for
-    the device, and it comes before the weights change.
+    Raises InputError if the loss or the gradient's norm is not finite. With a scaler (float16) the norm may be: then
+    the scaler skips the step and lowers its scale, and only a scale below 1 is an error. This is the one place in a
+    step that waits for the device, and it comes before the weights change.
     """
-    if not run.scaler.is_enabled():  # with a scaler, an infinite gradient is ordinary: it skips the step
-        loss = loss.masked_fill(~torch.isfinite(norm), math.nan)
-    loss, stop = loss.cpu(), torch.tensor(max(run.stop_signals[:1], default=0))
+    if not run.scaler.is_enabled():
+        loss = loss.masked_fill(~torch.isfinite(norm), math.nan)  # so that all processes see it
+    loss, stop = loss.cpu(), torch.tensor(run.stop_signals[0] if run.stop_signals else 0)
     if WORLD > 1:
         dist.all_reduce(loss.div_(WORLD))
         dist.all_reduce(stop, dist.ReduceOp.MAX)
     if not math.isfinite(loss):
         raise InputError(f"the loss or its gradient is not finite at epoch {run.progress.epoch + 1}, step "
-                         f"{run.progress.step + 1}; {run.out}/last.pt is from before. Start anew with a lower --lr"
+                         f"{run.progress.step + 1}; {run.out}/last.pt was saved before it. Start anew with a lower --lr"
                          + (", or resume with --precision float32" if run.dtype != torch.float32 else ""))
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise InputError("float16 gradients overflow in every step; resume with --precision float32 or bfloat16")
@@ -301,8 +301,8 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
     logits, labels, routing = logits[order], labels[order], routing[order]
     if not logits.isfinite().all():
         raise InputError(f"{(~logits.isfinite()).any(-1).sum()} of {len(logits)} samples of {split} get logits that are "
-                         f"not finite: the weights diverged (start anew with a lower --lr), or {run.config['precision']} "
-                         "is too narrow (try --precision float32)")
+                         "not finite: the weights diverged (start anew with a lower --lr), or the precision is too low "
+                         "(try --precision float32)")
     result = metrics(logits, labels, pairs.classes)
     if routing.numel():
         for name, values in (("experts_used", experts_used(routing)), ("busiest_expert", routing.mean(0).amax(-1)),
@@ -745,11 +745,11 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
     if path:
         [state] = gather([load_checkpoint(path)] if RANK == 0 else [])  # the others may have no access to the file
         stored = state["config"]
+        if stored.keys() != vars(args).keys() - set(ACTIONS):
+            raise InputError(f"{path} was made by another version of train.py: its settings are {sorted(map(str, stored))}")
         args = parse(argv, {**stored, "out": path.parent})
         if args.out != path.parent:
             raise InputError("--resume and --checkpoint stay in the folder of their run; leave out --out")
-        if stored.keys() != vars(args).keys() - set(ACTIONS):
-            raise InputError(f"{path} was made by another version of train.py: its settings are {sorted(stored)}")
         for key in stored.keys() - MAY_CHANGE:
             if getattr(args, key) != stored[key]:
                 raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)} contradicts {path}, which was made "
@@ -882,11 +882,13 @@ def lock(out: Path) -> io.TextIOWrapper:
     out.mkdir(parents=True, exist_ok=True)
     file = (out / "lock").open("w")
     try:
-        if RANK == 0 and fcntl:
+        import fcntl
+
+        if RANK == 0:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit it
     except (BlockingIOError, PermissionError):
         raise InputError(f"another process is training in {out}; wait for it, or give another --out") from None
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return file
 
