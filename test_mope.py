@@ -67,7 +67,7 @@ def shared(path: str) -> Path:
 
 @contextlib.contextmanager
 def folder():
-    """A temporary folder; the hash memory and downloads go below it too."""
+    """Yield a temporary folder; what is downloaded goes below it too."""
     with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, TORCH_HOME=name):
         with mock.patch("torch.hub._hub_dir", None):
             yield Path(name)
@@ -123,7 +123,7 @@ def pixels(n: int = 4, size: int = 32) -> torch.Tensor:
 
 
 def words(n: int = 4, length: int = 9) -> torch.Tensor:
-    """ids with paddings of different lengths."""
+    """Return ids with paddings of different lengths."""
     ids = torch.randint(1, 50, (n, length), generator=torch.Generator().manual_seed(2))
     for i in range(n):
         ids[i, length - i:] = 0
@@ -131,7 +131,7 @@ def words(n: int = 4, length: int = 9) -> torch.Tensor:
 
 
 def make_vit(path: Path, dim: int = 384, depth: int = 2) -> dict:
-    """A random file in torchvision's format, written with torchvision's own model."""
+    """Write a random file in torchvision's format, with torchvision's own model, and return that."""
     torch.manual_seed(0)
     vit = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=depth, num_heads=dim // 64,
                                                hidden_dim=dim, mlp_dim=64, num_classes=7)
@@ -144,7 +144,7 @@ WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red green blue round thing , 
 
 
 def make_bert(path: Path) -> dict:
-    """A random BERT folder with vocab.txt; returns the weights under BERT's names."""
+    """Write a random BERT folder with vocab.txt, and return the weights under BERT's names."""
     path.mkdir(parents=True, exist_ok=True)
     config = dict(model_type="bert", hidden_act="gelu", vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2,
                   num_attention_heads=2, intermediate_size=64, max_position_embeddings=40, type_vocab_size=2,
@@ -180,7 +180,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def make_food(root: Path, train_count: int = 40, test_count: int = 12) -> Path:
-    """A small folder in the layout of UPMC Food-101: the colour of the picture and of the text make the class."""
+    """Write a small folder in the layout of UPMC Food-101, in which the colour of the picture is the class."""
     rng = np.random.default_rng(0)
     colours = {"red": (220, 30, 30), "green": (30, 200, 30)}
     for split, count in (("train", train_count), ("test", test_count)):
@@ -198,7 +198,7 @@ def make_food(root: Path, train_count: int = 40, test_count: int = 12) -> Path:
 
 
 def arguments(root: Path, *more: str) -> list[str]:
-    """Make tiny data and backbones below root once; the command line that trains on them."""
+    """Make tiny data and backbones below root once, and return the command line that trains on them."""
     if not (root / "vit.pth").exists():
         make_food(root / "food")
         make_vit(root / "vit.pth")
@@ -220,7 +220,7 @@ def run(argv: list[str], timeout: int = 170) -> subprocess.CompletedProcess:
 
 
 def same(a, b) -> bool:
-    """Equal to the last bit, tensors included; seconds aside."""
+    """Say whether two values are equal to the last bit, tensors included and seconds aside."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -231,7 +231,7 @@ def same(a, b) -> bool:
 
 
 def same_runs(a: Path, b: Path) -> None:
-    """Two runs ended alike: weights, optimizer, log and metrics."""
+    """Check that two runs ended alike: weights, optimizer, log and metrics."""
     for name in ("last.pt", "best.pt"):
         one, two = (torch.load(run / name, weights_only=True) for run in (a, b))
         for key in ("trained", "optimizer", "progress"):
@@ -295,7 +295,7 @@ def test_real_bert_equals_golden():
 
 
 def test_layer_scale_is_folded():
-    """A DINOv2-style file, against the block written out with LayerScale."""
+    """A file in DINOv2's format gives what the block gives that is written out with LayerScale."""
     torch.manual_seed(0)
     vit = ViT(image_size=28, patch_size=14, dim=64, depth=2, heads=4, mlp_dim=64).eval()
     names = {"patch_embed.": "patch_embed.proj."}
@@ -318,7 +318,7 @@ def test_layer_scale_is_folded():
 
 
 def test_prompts_as_keys_and_values_equal_insert_and_drop():
-    """Both encoders, with padding: inserting the prompts, running the plain layer, dropping their outputs."""
+    """Both encoders give, with padding too, what plain layers give with prompts inserted and their outputs dropped."""
     model = tiny()
     for encoder, inputs in ((model.main, pixels()), (model.prior, words())):
         prompts = torch.randn(encoder.depth, 4, 5, encoder.dim) * 0.5
@@ -609,7 +609,7 @@ def test_trained_state_goes_to_a_fresh_process():
 
 
 def test_bert_formats_are_the_same():
-    """pytorch_model.bin and model.safetensors, with and without the prefix, old and new LayerNorm names."""
+    """Either file type can hold the weights, with and without the prefix, under old and new names."""
     with folder() as root:
         weights = make_bert(root / "new")
         old = {"bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
@@ -690,7 +690,7 @@ def test_broken_bert_folders_are_explained():
 
 @contextlib.contextmanager
 def hub(root: Path):
-    """A loopback server over a folder."""
+    """Serve a folder on the loopback interface."""
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=str(root))
@@ -1136,7 +1136,7 @@ def test_interrupted_and_resumed_equals_uninterrupted():
 
 
 def test_killed_run_resumes():
-    """A real SIGKILL, at an instant that nobody chose."""
+    """A real SIGKILL comes at an instant that nobody chose."""
     with folder() as root:
         argv = arguments(root)
         train.main([*argv, "--out", f"{root}/whole"])
@@ -1209,7 +1209,7 @@ def test_failed_write_leaves_the_old_file():
 
 
 def test_accumulation_gives_the_gradient_of_the_large_batch():
-    """Without router noise and importance loss, which are per micro-batch."""
+    """It does so without router noise and importance loss, which belong to a micro-batch."""
     with folder() as root:
         ends = []
         for parts in ("1", "3"):
@@ -1221,7 +1221,7 @@ def test_accumulation_gives_the_gradient_of_the_large_batch():
 
 
 def test_two_processes_equal_one():
-    """gloo under torchrun: the same weights after a run, and the same evaluation counts."""
+    """Under torchrun, with gloo, a run gives the same weights, and evaluates every sample once."""
     with folder() as root:
         argv = arguments(root, "--experts", "1", "--epochs", "1")
         train.main([*argv, "--out", f"{root}/one"])
@@ -1238,7 +1238,7 @@ def test_two_processes_equal_one():
 
 
 def test_half_precisions_train():
-    """The code path of a GPU, on the CPU: frozen matrices in half precision, autocast, the scaler of float16."""
+    """A CPU can take the path of a GPU: frozen matrices in half precision, autocast, the scaler of float16."""
     with folder() as root:
         for precision in ("float16", "bfloat16"):
             if precision == "bfloat16":
@@ -1259,7 +1259,7 @@ def test_text_as_main_modality():
 
 
 def test_compiled_model_meets_few_shapes():
-    """No compilation after the first epoch, whatever the length of the texts: a backend that only counts."""
+    """Nothing is compiled after the first epoch, whatever the length of texts, as a backend that only counts finds."""
     from torch._dynamo.testing import CompileCounter
     counter = CompileCounter()
     model = MoPE(ViT(32, 8, 24, 2, 2, 48), BERT(50, 16, 2, 2, 32, 64), 5)
@@ -1413,7 +1413,7 @@ os.fork = refuse"""
 
 
 def test_every_failure_ends_the_program():
-    """With two loader workers, and in one of two processes: exit code, the reason last, and nothing waits for ever."""
+    """It does so with two loader workers, and in each of two processes; the reason is told last."""
     with folder() as root, socket.create_server(("127.0.0.1", 0)) as server:
         argv = arguments(root)
         port = str(server.getsockname()[1])
@@ -1460,7 +1460,7 @@ def within(seconds: float, call):
 
 
 def make_grocery(root: Path, numbers: tuple = (0, 1, 2)) -> Path:
-    """A small folder in the layout of the Grocery Store Dataset: two groups, three products."""
+    """Write a small folder in the layout of the Grocery Store Dataset: two groups, three products."""
     (root / "dataset").mkdir(parents=True, exist_ok=True)
     rows = ["Class Name,Class ID,Coarse,ID,Image,Description"]
     for name, group, number in zip(("Apple", "Pear", "Milk"), ("Fruit", "Fruit", "Dairy"), numbers):
@@ -1634,7 +1634,7 @@ def test_tokenizer_and_encoder_belong_together():
 
 
 def make_timm(path: Path, **config) -> ViT:
-    """A random ViT in timm's format: model.safetensors and config.json."""
+    """Write a random ViT in timm's format: model.safetensors and config.json."""
     path.mkdir()
     torch.manual_seed(1)
     vit = ViT(32, 8, 64, 2, 4, 64, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
@@ -1791,7 +1791,7 @@ def test_odd_metadata_do_no_harm():
 
 
 def test_weights_in_wrappings_are_unwrapped():
-    """Heads of fine-tuned models, entries and prefixes of training programs, old configurations."""
+    """Heads of fine-tuned models are left out, entries and prefixes of training programs opened, old settings read."""
     with folder() as root:
         weights = make_bert(root / "bert")
         ids = torch.tensor([[2, 5, 6, 8, 3]])
@@ -2132,7 +2132,7 @@ def routers(width: int) -> tuple[ConditionalPrompts, torch.Tensor]:
 
 
 def centred_logits(prompts: ConditionalPrompts, psi: torch.Tensor) -> torch.Tensor:
-    """The router's logits [B, L, k], up to a constant, read off its softmax."""
+    """Return the router's logits [B, L, k], up to a constant, read off its softmax."""
     logits = prompts(psi)[1].log()
     return logits - logits.mean(-1, keepdim=True)
 
@@ -2257,7 +2257,7 @@ def test_readme_recipe_prompts_a_foreign_encoder():
 
 
 def test_readme_commands_parse():
-    """Every `python train.py FLAGS`, and the `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, where a shell
+    """All parse: every `python train.py FLAGS`, and the `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, where a shell
     variable counts as 1."""
     parsed = 0
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S):
@@ -2279,7 +2279,7 @@ def tell(*words: object) -> None:
 
 
 def medians(calls: dict, repeats: int = 7) -> dict[str, float]:
-    """Seconds that each call takes, measured in turn, the first time not counted."""
+    """Return the seconds that each call takes, measured in turn, the first time not counted."""
     if not os.environ.get("MOPE_BENCHMARK"):
         raise unittest.SkipTest("takes minutes and an idle machine: set MOPE_BENCHMARK=1")
     seconds = {name: [] for name in calls}
@@ -2292,7 +2292,7 @@ def medians(calls: dict, repeats: int = 7) -> dict[str, float]:
 
 
 class InsertAndDrop(torch.nn.Module):
-    """The method as the papers say it, on PyTorch's own layers: prompts are inserted and their outputs dropped."""
+    """Do it as the papers say, on PyTorch's own layers: insert the prompts and drop their outputs."""
 
     def __init__(self, dim: int = 768, depth: int = 12):
         super().__init__()
@@ -2376,7 +2376,7 @@ def test_benchmark_memory():
 
 
 def test_benchmark_loader():
-    """One core, against decoding in full, resizing and cropping apart, and normalising floats on the CPU."""
+    """One core is compared with decoding in full, resizing and cropping apart, and normalising floats on the CPU."""
     t, bicubic = torchvision.transforms, torchvision.transforms.InterpolationMode.BICUBIC
     floats = [t.ToTensor(), t.Normalize(ViT(8, 8, 8, 1, 1).mean, ViT(8, 8, 8, 1, 1).std)]
     usual = {"training": t.Compose([t.RandomResizedCrop(224, (0.6, 1), interpolation=bicubic),
