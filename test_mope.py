@@ -1908,9 +1908,9 @@ def test_checkpoints_of_other_programs_are_told_in_a_sentence():
         path = root / "run/last.pt"
         stop_in_the_first_step(arguments(root, "--out", str(path.parent)))
         good = torch.load(path, weights_only=True)
-        changed = (dict(config=1), dict(config={"lr": 1}), dict(config={**good["config"], "new": 1}), dict(classes=None),
+        changed = (dict(config=1), dict(config={"lr": 1}), dict(config={**good["config"], "new": 1}),
                    dict(trained=None), dict(trained={}), dict(progress=[]), dict(progress={"log": [], "new": 1}),
-                   dict(optimizer={}), dict(digests={}))
+                   dict(classes=None), dict(optimizer={}), dict(digests={}))
         without = [{k: v for k, v in good.items() if k != name} for name in good if name != "versions"]
         for content in (None, 3, [1], {}, {"model": {}}, *without, *({**good, **change} for change in changed)):
             torch.save(content, path)
@@ -2257,8 +2257,8 @@ def test_readme_recipe_prompts_a_foreign_encoder():
 
 
 def test_readme_commands_parse():
-    """All parse: every `python train.py FLAGS`, and the `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, where a
-    shell variable counts as 1."""
+    """All parse: every `python train.py FLAGS`, and the `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, where
+    a shell variable counts as 1."""
     parsed = 0
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S):
         for command in re.split(r";|&&|\n|\bdo\b", block.replace("\\\n", " ").replace("$task", "grocery")):
