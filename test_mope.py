@@ -73,6 +73,17 @@ def folder():
             yield Path(name)
 
 
+@contextlib.contextmanager
+def working_in(path: Path):
+    """Make a folder the current one."""
+    before = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def refused(call, *words: str) -> str:
     """The call must raise InputError with one sentence that holds the words."""
     try:
@@ -2237,21 +2248,31 @@ def test_layout_of_ones_own_as_the_docstring_shows():
 # README
 
 
-def test_readme_recipe_prompts_a_foreign_encoder():
-    text = (HERE / "README.md").read_text()
-    [recipe] = re.findall(r"```python\n(class Prompted.*?)```", text, re.S)
-    assert len(recipe.splitlines()) <= 15
-    space = {"torch": torch}
-    exec(recipe, space)
-    torch.manual_seed(0)
-    model = MoPE(space["Prompted"](), BERT(50, 16, 2, 2, 32, 16), 5)
-    frozen = {name: p.clone() for name, p in model.main.named_parameters()}
-    x, optimizer = torch.randn(4, 7, 64), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    before = model(x, words()).logits
+def test_readme_snippets_run_as_typed():
+    """Run all Python in the README, top to bottom, with small encoders in place of the two that it names."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    space, original = {}, data.load_tokenizer
+    with folder() as root, working_in(root), contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main(arguments(root, "--image-size", "224", "--epochs", "1", "--out", "runs/food101"))
+        for name in ("apple.jpg", "pears.jpg"):
+            shutil.copy(root / "food/images/test/red/red_0.jpg", name)
+        small = {"vit_b_16": f"{root}/vit.pth", "bert-base-uncased": f"{root}/bert"}
+        with mock.patch("mope.load_vit", lambda name, *sizes: load_vit(small.get(name, name), *sizes)), \
+                mock.patch("mope.load_bert", lambda name, *pooling: load_bert(small.get(name, name), *pooling)), \
+                mock.patch("data.load_tokenizer", lambda bert, length: original(bert, 16)):
+            for block in blocks:
+                exec(block, space)
+    assert len(blocks) == 4 and "['green', 'red']" in said.getvalue() and (space["model"].main.dim == 64)
+    assert space["program"].module()(*(t.repeat(3, *[1] * (t.dim() - 1)) for t in (space["images"], space["texts"]))
+                                     ).shape == (6, 2), "any batch size"
+    model, frozen = space["model"], {name: p.clone() for name, p in space["model"].main.named_parameters()}
+    x, ids = torch.randn(4, 7, 64), torch.randint(5, len(WORDS), (4, 9))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model(x, ids).logits
     F.cross_entropy(before, torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.prompts.parameters())
     optimizer.step()
-    assert not torch.equal(model(x, words()).logits, before)
+    assert not torch.equal(model(x, ids).logits, before), "the prompts steer layers that know nothing of prompts"
     assert all(torch.equal(p, frozen[name]) for name, p in model.main.named_parameters())
     assert model.load_trained_state(model.trained_state()) is model
 
