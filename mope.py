@@ -145,18 +145,12 @@ def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
 
 
 def experts_used(routing: Tensor) -> Tensor:
-    """Return exp(entropy of the mean routing) of each layer: k if all experts are used alike, 1 if only one is used.
-
-    routing [B, L, k] -> [L].
-    """
+    """Return exp(entropy of the mean routing), [B, L, k] -> [L]: k if all experts are used alike, 1 if only one is."""
     return torch.special.entr(routing.float().mean(0)).sum(-1).exp()
 
 
 def experts_per_sample(routing: Tensor) -> Tensor:
-    """Return exp(mean entropy of a sample's routing) of each layer: 1 if a sample is sent to one expert, k if to all.
-
-    routing [B, L, k] -> [L].
-    """
+    """Return exp(mean entropy of a sample's routing), [B, L, k] -> [L]: 1 if each goes to one expert, k if to all."""
     return torch.special.entr(routing.float()).sum(-1).mean(0).exp()
 
 
@@ -217,9 +211,8 @@ class MoPE(nn.Module):
 
     def frozen_encoders(self) -> list[nn.Module]:
         """Return the encoders that are not trained: both, or with `finetune` only a prior one that is not used."""
-        if self.finetune:
-            return [self.prior] if self.one_modality else []
-        return [self.main, self.prior]
+        unused = [self.prior] if self.one_modality else []
+        return unused if self.finetune else [self.main, self.prior]
 
     def train(self, mode: bool = True) -> MoPE:
         """Set the mode as usual, but keep frozen encoders in evaluation mode."""
@@ -238,13 +231,11 @@ class MoPE(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Output:
         """Classify a batch, x of the main modality and y of the prior one: images [B, 3, S, S] uint8, texts [B, N]."""
         dtype = self.head.weight.dtype  # prompts and head are computed in the precision of their weights
-        prior_prompts = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-        if prior_prompts is not None:
-            prior_prompts = prior_prompts.unsqueeze(1).expand(-1, y.shape[0], -1, -1)
         if self.one_modality:  # nothing depends on psi
             psi = torch.zeros(x.shape[0], self.prior.dim, dtype=dtype, device=x.device)
         else:
-            psi = self.prior(y, prior_prompts).to(dtype)  # [B, D_y]
+            given = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+            psi = self.prior(y, given if given is None else given.unsqueeze(1).expand(-1, y.shape[0], -1, -1)).to(dtype)
 
         with torch.autocast(psi.device.type, enabled=False):
             prompts, routing = self.prompts(psi)  # [L, B, P, D], [B, L, k]
@@ -270,11 +261,10 @@ class MoPE(nn.Module):
         """
         if not isinstance(state, dict) or not {"weights", "backbones"} <= state.keys():
             raise InputError(f"a trained state holds weights and backbones, but this is {str(state)[:60]}")
-        have, want = self.compatibility_facts(), state["backbones"]
-        for fact, value in want.items():
-            unknown = value is None or have.get(fact) is None or fact.endswith("name")
-            if not unknown and value != have[fact]:
-                raise InputError(f"{fact} is {have[fact]}, but the state was trained with {value}, of: {want}")
+        for fact, here in self.compatibility_facts().items():
+            there = state["backbones"].get(fact)
+            if here != there and None not in (here, there) and not fact.endswith("name"):
+                raise InputError(f"{fact} is {here}, but the state was trained with {there}, of {state['backbones']}")
         tensors = self.trained_tensors()
         check_same_tensors(tensors, state["weights"], "the trained state")
         with torch.no_grad():
