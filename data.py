@@ -56,21 +56,21 @@ class Layout:
 
         class Memes(Layout):
             tree = "{train,val,test}.tsv: image, text and label in each line; img/"
+            files = ("{}.tsv",)
 
             def parse(self, line, split, where):
                 image, text, label = line.split("\\t")
                 return Sample(where, self.folder / "img" / image, text, label)
 
-            def file(self, split):
-                return self.require(self.folder / f"{split}.tsv")
-
     Then name it in DATASETS, and its defaults in DEFAULTS of train.py.
     """
 
     tree = ""  # the expected tree and where to get it, for error messages
+    files = ("{}.jsonl",)  # where a split can be, the first that exists; {} is train, val (or else dev) or test
     flip = True  # may a training image be mirrored?
     classes: list[str] | None = None  # None: those of the training split, sorted
     texts_vary = False  # does `pick_text` give a sample another text in each epoch?
+    ids_name_kinds = False  # is an id "kind-number"? The picture of the routing then shows the kinds.
     may_hold_out = False  # is a validation split held out of train where val.jsonl and dev.jsonl are absent?
 
     def __init__(self, folder: Path):
@@ -81,10 +81,6 @@ class Layout:
         """Return the sample with a text (and the label that follows from it), where texts vary."""
         return sample
 
-    def kind(self, sample: Sample) -> str:
-        """Return the kind of a sample, for the picture of the routing; "" if there are no kinds."""
-        return ""
-
     def require(self, *paths: Path) -> Path:
         """Return the first of the paths that exists, or raise an error that says what the folder should look like."""
         for path in paths:
@@ -93,19 +89,39 @@ class Layout:
         raise InputError(f"no {' or '.join(map(str, paths))}\nExpected in {self.folder}:\n{self.tree.rstrip()}\n"
                          "Give the folder with --data-dir. `python train.py` alone needs no data.")
 
+    def file(self, split: str) -> Path:
+        names = ("val", "dev") if split == "val" else (split,)
+        return self.require(*(self.folder / pattern.format(name) for name in names for pattern in self.files))
+
+    def entries(self, path: Path, split: str) -> Iterator[tuple[str | Path, str]]:
+        """Yield ("file:line", line) for every line that is not blank, of UTF-8 with or without byte order mark."""
+        for number, raw in enumerate(regular_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            where = f"{path}:{number}"
+            with self.explained(where, raw):
+                line = raw.decode("utf-8").strip()
+            if line:
+                yield where, line
+
     def read(self, split: str) -> Iterator[Sample]:
-        """Yield the samples of a split."""
-        for where, line in numbered_lines(self.file(split)):
-            with self.explained(where, line):
-                sample = self.parse(line, split, where)
+        """Yield the samples of a split, checked; whole numbers as labels are read as names."""
+        for where, entry in self.entries(self.file(split), split):
+            with self.explained(where, entry):
+                sample = self.parse(entry, split, where)
                 if sample is None:
                     continue
-                sample = checked(sample, split)
+                names = [str(name) if type(name) is int else name for name in names_of(sample.label)]
+                if not all(isinstance(word, str) for word in (sample.text, *names)):
+                    raise TypeError("text and label must be strings")
+                if sample.label is None and split != "test":
+                    raise ValueError(f"no label, which the {split} split needs")
+                # JSON can hold half of a surrogate pair, which would stop the tokenizer or a file later.
+                "".join((sample.id, str(sample.image), sample.text, *names)).encode()
+                sample = sample._replace(label=names if isinstance(sample.label, list) else names[0] if names else None)
             self.noted[split]["rows without a label: they get a prediction and no score"] += sample.label is None
             yield sample
 
     @contextlib.contextmanager
-    def explained(self, where: str | Path, found: str):
+    def explained(self, where: str | Path, found: str | bytes):
         """Turn whatever goes wrong with a file from outside into one message that names it."""
         try:
             yield
@@ -118,43 +134,19 @@ class Layout:
     def load_split(self, split: str) -> list[Sample]:
         """Return all samples of a split. Images that do not exist are noted, and left out of training."""
         samples = list(self.read(split))
-        images = {s.image for s in samples if isinstance(s.image, Path)}
-        missing = sorted(str(image) for image in images if not os.path.isfile(image))
-        if missing:
-            what = "left out of training" if split == "train" else "kept with a grey image"
-            self.noted[split][f"images do not exist: {what}, for instance {missing[0]}"] = len(missing)
         if not samples:
             raise InputError(f"{self.folder}: the {split} split is empty")
-        check_damaged(missing, samples, split)
-        gone = set(missing) if split == "train" else ()
-        return [s for s in samples if str(s.image) not in gone] if gone else samples
-
-
-def checked(sample: Sample, split: str) -> Sample:
-    """Return the sample with whole numbers as labels read as names; raise for texts and labels of other types."""
-    names = [str(name) if type(name) is int else name for name in names_of(sample.label)]
-    if not isinstance(sample.text, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError("text and label must be strings")
-    if sample.label is None and split != "test":
-        raise ValueError(f"no label, which the {split} split needs")
-    # JSON can hold half of a surrogate pair, which would stop the tokenizer or a file later.
-    "".join((sample.id, str(sample.image), sample.text, *names)).encode()
-    return sample._replace(label=names if isinstance(sample.label, list) else names[0] if names else None)
+        images = {sample.image for sample in samples if isinstance(sample.image, Path)}
+        missing = set(check_damaged([str(image) for image in images if not os.path.isfile(image)], samples, split))
+        if not missing:
+            return samples
+        what = "left out of training" if split == "train" else "kept with a grey image"
+        self.noted[split][f"images do not exist: {what}, for instance {min(missing)}"] = len(missing)
+        return [sample for sample in samples if split != "train" or str(sample.image) not in missing]
 
 
 def names_of(label: object) -> list:
     return label if isinstance(label, list) else [] if label is None else [label]
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield ("file:line", line) for every line that is not blank, of a UTF-8 file with or without byte order mark."""
-    for number, raw in enumerate(regular_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            line = raw.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-        if line:
-            yield f"{path}:{number}", line
 
 
 class JsonLines(Layout):
@@ -165,10 +157,6 @@ class JsonLines(Layout):
     one object a line: {"image": "path, relative to this folder", "text": "...", "label": "name"}
     ("img" for "image" works; a list of names as label makes it a multi-label task)"""
     may_hold_out = True
-
-    def file(self, split: str) -> Path:
-        names = ("val", "dev") if split == "val" else (split,)
-        return self.require(*(self.folder / f"{name}.jsonl" for name in names))
 
     def parse(self, line: str, split: str, where: str) -> Sample | None:
         row = json.loads(line)
@@ -184,12 +172,7 @@ class Food101(JsonLines):
     texts/{train,test}_titles.csv      (or a prepared copy: {train,val,test}.jsonl)
     from https://www.kaggle.com/datasets/gianmarco96/upmcfood101 (8.3 GB), for instance by
     curl -L -o food101.zip https://www.kaggle.com/api/v1/datasets/download/gianmarco96/upmcfood101"""
-
-    def file(self, split: str) -> Path:
-        if (self.folder / f"{split}.jsonl").exists() or split == "val":
-            return super().file(split)
-        self.require(self.folder / "images" / split)
-        return self.require(self.folder / "texts" / f"{split}_titles.csv")
+    files = ("{}.jsonl", "texts/{}_titles.csv")
 
     def parse(self, line: str, split: str, where: str) -> Sample | None:
         if line.startswith("{"):
@@ -201,14 +184,9 @@ class Food101(JsonLines):
             raise ValueError("no image,title,class")
         self.noted[split]["rows name a .txt for their .jpg: mended"] += name.endswith(".txt")
         name = name.removesuffix(".txt").removesuffix(".jpg") + ".jpg"
-        return Sample(name, self.folder / "images" / split / label / name, clean_title(title), label)
-
-
-def clean_title(title: str) -> str:
-    """Undo CSV quotes, [["..."]] wrappers and HTML entities."""
-    title = title.removeprefix('"').removesuffix('"').replace('""', '"')
-    title = re.sub(r'^\[\["?|"?\]\]$', "", title)
-    return html.unescape(title).strip()
+        title = title.removeprefix('"').removesuffix('"').replace('""', '"')
+        title = html.unescape(re.sub(r'^\[\["?|"?\]\]$', "", title)).strip()  # some are wrapped: [["..."]]
+        return Sample(name, self.folder / "images" / split / label / name, title, label)
 
 
 class MMIMDb(JsonLines):
@@ -221,49 +199,45 @@ class MMIMDb(JsonLines):
     classes = (
         "Drama Comedy Romance Thriller Crime Action Adventure Horror Documentary Mystery Sci-Fi Fantasy Family "
         "Biography War History Music Animation Musical Western Sport Short Film-Noir").split()
+    files = ("{}.jsonl", "split.json")
     may_hold_out = False
 
-    def read(self, split: str) -> Iterator[Sample]:
-        prepared = (self.folder / "train.jsonl").exists() or (self.folder / "test.jsonl").exists()
-        for sample in super().read(split) if prepared else self.films(split):
-            genres = [genre for genre in names_of(sample.label) if genre in self.classes]
-            for other in set(names_of(sample.label)) - set(genres):
-                self.noted[split][f"times the genre {other}, which is none of the 23: ignored"] += 1
-            if genres or sample.label is None:
-                yield sample._replace(label=genres or None)
-            else:
-                self.noted[split]["films without any of the 23 genres: dropped"] += 1
-
-    def films(self, split: str) -> Iterator[Sample]:
-        path = self.require(self.folder / "split.json")
+    def entries(self, path: Path, split: str) -> Iterator[tuple[str | Path, str]]:
+        if path.suffix == ".jsonl":
+            yield from super().entries(path, split)
+            return
         with self.explained(path, "no list of ids for this split"):
-            names = list(json.loads(regular_file(path).read_text("utf-8"))["dev" if split == "val" else split])
-        for name in names:
-            path = self.require(self.folder / "dataset" / f"{name}.json")
-            content = regular_file(path).read_text("utf-8", errors="replace")
-            with self.explained(path, content):
-                film = json.loads(content)
-                plots, genres = film["plot"], film["genres"]
-                if not isinstance(plots, list) or not isinstance(genres, list):
-                    raise TypeError("expected a list")
-                sample = checked(Sample(str(name), path.with_suffix(".jpeg"), max(plots, key=len), genres), split)
-            yield sample
+            ids = list(json.loads(regular_file(path).read_text("utf-8"))["dev" if split == "val" else split])
+        for film in ids:
+            path = self.require(self.folder / "dataset" / f"{film}.json")
+            yield path, regular_file(path).read_text("utf-8", errors="replace")
+
+    def parse(self, line: str, split: str, where: str | Path) -> Sample | None:
+        if isinstance(where, Path):
+            film = json.loads(line)
+            if not isinstance(film["plot"], list) or not isinstance(film["genres"], list):
+                raise TypeError("expected a list")
+            sample = Sample(where.stem, where.with_suffix(".jpeg"), max(film["plot"], key=len), film["genres"])
+        else:
+            sample = super().parse(line, split, where)
+        genres = [genre for genre in names_of(sample.label) if genre in self.classes]
+        for other in set(names_of(sample.label)) - set(genres):
+            self.noted[split][f"times the genre {other}, which is none of the 23: ignored"] += 1
+        if sample.label is None or genres:
+            return sample._replace(label=genres or None)
+        self.noted[split]["films without any of the 23 genres: dropped"] += 1
 
 
-class SnliVE(JsonLines):
+class SnliVE(Layout):
     """SNLI-VE: photograph and hypothesis -> entailment, neutral or contradiction."""
 
     tree = """
     snli_ve_{train,dev,test}.jsonl, flickr30k_images/<id>.jpg
     from https://github.com/necla-ml/SNLI-VE and
     https://storage.googleapis.com/allennlp-public-data/snli-ve/flickr30k_images.tar.gz"""
+    files = ("snli_ve_{}.jsonl",)
     flip = False  # "the man on the left"
-    may_hold_out = False
     classes = ["entailment", "neutral", "contradiction"]
-
-    def file(self, split: str) -> Path:
-        self.require(self.folder / "flickr30k_images")
-        return self.require(self.folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl")
 
     def parse(self, line: str, split: str, where: str) -> Sample | None:
         row = json.loads(line)
@@ -284,30 +258,18 @@ class Grocery(Layout):
     dataset/classes.csv (numbered from 0), dataset/{train,val,test}.txt (path,product,group a line),
     the photographs and descriptions that they name
     from git clone https://github.com/marcusklasson/GroceryStoreDataset"""
+    files = ("dataset/{}.txt", "{}.txt")
     texts_vary = True
     repeat = 1  # pairs a photograph
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self.root = folder / "dataset" if (folder / "dataset").is_dir() else folder
+        path = self.require(folder / "dataset" / "classes.csv", folder / "classes.csv")
+        self.root = path.parent
         self.description: dict[str, list[str]] = {}  # of each product, its sentences
         self.group: dict[str, list[str]] = {}  # of each product, all products of its group
-
-    def read(self, split: str) -> Iterator[Sample]:
-        if not self.group:
-            self.read_classes(self.require(self.root / "classes.csv"))
-        products = list(self.group)
-        for where, line in numbered_lines(self.require(self.root / f"{split}.txt")):
-            with self.explained(where, line):
-                path, number, _ = (part.strip() for part in line.split(","))
-                label = products[range(len(products)).index(int(number))]  # no negative numbers
-                sample = checked(Sample(path, self.root / path, "", label), split)
-            for copy in range(self.repeat):
-                yield sample._replace(id=f"{path}#{copy}" if copy else path)
-
-    def read_classes(self, path: Path) -> None:
         groups = defaultdict(list)
-        for where, line in list(numbered_lines(path))[1:]:
+        for where, line in list(self.entries(path, ""))[1:]:
             with self.explained(where, line):
                 product, number, group, _, _, file = line.split(",")
                 if int(number) != len(self.group) or product in self.group:
@@ -317,6 +279,16 @@ class Grocery(Layout):
                 groups[group].append(product)
                 self.group[product] = groups[group]
         self.classes = self.classes or list(self.group)
+
+    def parse(self, line: str, split: str, where: str) -> Sample:
+        path, number, _ = (part.strip() for part in line.split(","))
+        product = list(self.group)[range(len(self.group)).index(int(number))]  # no negative numbers
+        return Sample(path, self.root / path, "", product)
+
+    def read(self, split: str) -> Iterator[Sample]:
+        for sample in super().read(split):
+            for copy in range(self.repeat):
+                yield sample._replace(id=f"{sample.id}#{copy}") if copy else sample
 
     def pick_text(self, sample: Sample, rng: np.random.Generator) -> Sample:
         product = rng.choice(self.group[sample.label])
@@ -390,6 +362,7 @@ class Shapes(Layout):
     """
 
     flip = False
+    ids_name_kinds = True
     classes = [*COLORS, *SHAPES, *PLACES]
     sizes = {"train": 20_000, "val": 1_000, "test": 2_000}
 
@@ -404,9 +377,6 @@ class Shapes(Layout):
             called = names[by][there[by] - 1]
             text = QUESTIONS[asked][rng.integers(2)].format(CALLS[by].format(called))
             yield Sample(f"{asked} of {called}-{i}", image, text, names[asked][there[asked] - 1])
-
-    def kind(self, sample: Sample) -> str:
-        return sample.id.rpartition("-")[0]
 
 
 DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery,
@@ -426,11 +396,9 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     the trained model. Raises InputError.
     """
     source = DATASETS[dataset](Path(folder).expanduser())
-    if source.tree and not source.folder.is_dir():
-        source.require(source.folder)
-    hold_out = source.may_hold_out and not any((source.folder / f"{v}.jsonl").exists() for v in ("val", "dev"))
-    names = ["test"] if test_for else ["train", "test"] if hold_out else ["train", "val", "test"]
-    splits = {name: source.load_split(name) for name in names}
+    has_val = not source.may_hold_out or any((source.folder / f"{name}.jsonl").exists() for name in ("val", "dev"))
+    names = ["test"] if test_for else ["train", "val", "test"]
+    splits = {name: source.load_split(name) for name in names if name != "val" or has_val}
     if test_for:
         classes, several = test_for
     else:
@@ -440,15 +408,17 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
             raise InputError(f"{source.folder}: nothing to learn, with {len(classes)} classes in training ({classes}); "
                              "expected two or more, or one where a sample can have several labels")
 
-    if hold_out and not test_for:
-        held_out = set(stratified(splits["train"], max(1, round(HELD_OUT * len(splits["train"]))), seed=0))
-        splits["val"] = [s for i, s in enumerate(splits["train"]) if i in held_out]
-        splits["train"] = [s for i, s in enumerate(splits["train"]) if i not in held_out]
-        if not splits["train"]:
-            raise InputError(f"{source.folder}: a single training sample, held out for validation; expected more")
-        source.noted["val"][f"samples held out of train: {HELD_OUT:.0%} of each label, by a fixed seed"] = len(held_out)
-    if train_size is not None and not test_for:
-        splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
+        if not has_val:
+            whole = splits["train"]
+            chosen = stratified(whole, max(1, round(HELD_OUT * len(whole))), seed=0)
+            splits["val"] = [whole[i] for i in chosen]
+            splits["train"] = [whole[i] for i in sorted({*range(len(whole))} - {*chosen})]
+            if not splits["train"]:
+                raise InputError(f"{source.folder}: a single training sample, held out for validation; expected more")
+            what = f"samples held out of train: {HELD_OUT:.0%} of each label, by a fixed seed"
+            source.noted["val"][what] = len(chosen)
+        if train_size is not None:
+            splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
 
     known = {*classes, *getattr(source, "group", ())}
     for split, samples in splits.items():
@@ -457,20 +427,18 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
             if s.label is not None and not fits:
                 raise InputError(f"{source.folder}, {split}, {s.id}: label {str(s.label)[:80]!r}; expected "
                                  f"{'a list' if several else 'one'} of the {len(classes)} classes of train")
-    order = [name for name in ("train", "val", "test") if name in splits]
-    return {split: Pairs(source, split, splits[split], classes, several, seed) for split in order}
+    return {split: Pairs(source, split, splits[split], classes, several, seed) for split in names}
 
 
 def unlabelled(inputs: list[str], classes: list[str], several: bool) -> Pairs:
     """Return rows to be scored: those of a .jsonl file with images relative to it, or the one pair (image, text)."""
     source = JsonLines(Path(inputs[0]).parent)
-    if len(inputs) == 1:
-        source.tree = 'one object a line: {"image": "path, relative to this file", "text": "..."}'
-        source.file = lambda split: Path(inputs[0])
-        samples = [sample._replace(label=None) for sample in source.load_split("test")]
-    else:
-        with source.explained("the pair", inputs[1]):
-            samples = [checked(Sample(inputs[0], Path(inputs[0]), inputs[1], None), "test")]
+    source.tree = 'one object a line: {"image": "path, relative to this file", "text": "..."}'
+    source.file = lambda split: Path(inputs[0])
+    if len(inputs) == 2:
+        row = {"id": inputs[0], "image": Path(inputs[0]).name, "text": inputs[1]}
+        source.entries = lambda path, split: [("the pair", json.dumps(row))]
+    samples = [sample._replace(label=None) for sample in source.load_split("test")]
     return Pairs(source, "test", samples, classes, several, seed=0)
 
 
@@ -508,19 +476,17 @@ class Pairs(Dataset):
     @functools.cached_property
     def digest(self) -> str:
         """The number of samples, and a hash of their order, ids, texts, labels and files with their sizes."""
-        sizes, seen = {}, hashlib.sha256()
-        for i, (name, image, _, _) in enumerate(self.samples):
-            file = ""
-            if isinstance(image, Path):
-                if image not in sizes:
-                    sizes[image] = image.stat().st_size if os.path.isfile(image) else None
-                file = f"{image.name} {sizes[image]}"
-            seen.update(repr((name, file, *self.sample(i)[2:])).encode())
+        seen, images = hashlib.sha256(), {sample.image for sample in self.samples if isinstance(sample.image, Path)}
+        sizes = {image: image.stat().st_size if os.path.isfile(image) else None for image in images}
+        for name, image, text, label in map(self.sample, range(len(self))):
+            file = f"{image.name} {sizes[image]}" if isinstance(image, Path) else ""
+            seen.update(repr((name, file, text, label)).encode())
         return f"{len(self)} samples, {seen.hexdigest()[:12]}"
 
     def sample(self, i: int, epoch: int = 0) -> Sample:
         """Return sample i; where texts vary, with another one in each training epoch, and one only in evaluation."""
-        return self.source.pick_text(self.samples[i], self.rng(i, epoch))
+        sample = self.samples[i]
+        return self.source.pick_text(sample, self.rng(i, epoch)) if self.source.texts_vary else sample
 
     def rng(self, i: int, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, i] if self.train else [0, i])
@@ -529,14 +495,8 @@ class Pairs(Dataset):
         """Return the batches of an epoch, over all processes."""
         steps = len(self) // batch_size if self.train else -(-len(self) // batch_size)
         if not steps:
-            raise InputError(f"{len(self)} training samples do not fill a batch; give a --batch-size of "
-                             f"{len(self)} or less")
+            raise InputError(f"{len(self)} training samples fill no batch; give a --batch-size of {len(self)} or less")
         return steps
-
-    def text_lengths(self, epoch: int) -> np.ndarray:
-        """Return the lengths of all texts, in steps of 64 characters (some 16 word pieces)."""
-        samples = (self.sample(i, epoch) for i in range(len(self))) if self.source.texts_vary else self.samples
-        return np.array([len(sample.text) // 64 for sample in samples])
 
     def target(self, label: str | list[str] | None) -> int | np.ndarray:
         """Turn a class name into its number, a list of them into [C] of zeros and ones; -1 stands for no label."""
@@ -547,10 +507,7 @@ class Pairs(Dataset):
         return target
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
-        """Return i, image [3, S, S] uint8, text, target, and the file with the reason if it could not be read.
-
-        The key is (epoch, i).
-        """
+        """Return i, image [3, S, S] uint8, text, target, and the file with the reason if it could not be read."""
         epoch, i = key
         rng = self.rng(i, epoch)
         sample = self.source.pick_text(self.samples[i], rng)
@@ -569,15 +526,18 @@ def check_damaged(damaged: list[str], samples: list[Sample], split: str) -> list
     damaged = sorted(set(damaged))
     count = len({str(sample.image) for sample in samples}) if damaged else 0
     if damaged and len(damaged) > min(count - 1, max(MAX_BAD * count, BAD_IN_ANY_CASE)):
-        listed = "\n  ".join(damaged[:10])
         raise InputError(f"{len(damaged)} of {count:,} images of {split} are missing or cannot be read, more than "
                          f"{MAX_BAD:.0%} or {BAD_IN_ANY_CASE}; download them again or take their rows out. The first:"
-                         f"\n  {listed}")
+                         + "".join(f"\n  {name}" for name in damaged[:10]))
     return damaged
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Images
+
+T = Image.Transpose
+UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
+           7: T.TRANSVERSE, 8: T.ROTATE_90}  # EXIF orientation -> what undoes it
 
 
 def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator | None = None,
@@ -606,14 +566,11 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
         if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        image.load()
+        image = image.convert("RGB")
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
 
     width, height = image.size
-    mirrored = False
     if rng is None:
         w = h = min(width, height) * 224 / 256
         left, top = (width - w) / 2, (height - h) / 2
@@ -621,15 +578,9 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
         area, aspect = rng.uniform(0.6, 1) * width * height, np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
         w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
         left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-        mirrored = flip and rng.random() < 0.5
     left, top = round(left), round(top)
     pixels = resize(np.array(image.crop((left, top, left + max(1, round(w)), top + max(1, round(h))))), size)
-    return pixels.flip(-1) if mirrored else pixels
-
-
-T = Image.Transpose
-UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
-           7: T.TRANSVERSE, 8: T.ROTATE_90}  # EXIF orientation -> what undoes it
+    return pixels.flip(-1) if rng is not None and flip and rng.random() < 0.5 else pixels
 
 
 def resize(pixels: np.ndarray, size: int) -> torch.Tensor:
@@ -653,7 +604,8 @@ def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: in
     text, so texts of similar length are put together: in evaluation all are sorted, in training the samples of ten
     steps at a time.
     """
-    lengths, steps = pairs.text_lengths(epoch), pairs.steps(batch_size)
+    lengths = np.array([len(pairs.sample(i, epoch).text) // 64 for i in range(len(pairs))])  # 64: some 16 word pieces
+    steps = pairs.steps(batch_size)
     if pairs.train:
         if batch_size % (world * accumulate):
             raise InputError(f"--batch-size {batch_size} cannot be dealt out evenly over {world} processes with "
@@ -714,19 +666,18 @@ def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Toke
             c = json.loads(regular_file(settings).read_text("utf-8")) if settings.exists() else {}
             tokenizer = BertWordPieceTokenizer.from_file(
                 str(regular_file(folder / "vocab.txt")), lowercase=c.get("do_lower_case", True),
-                strip_accents=c.get("strip_accents"), handle_chinese_chars=c.get("tokenize_chinese_chars", True))
-            tokenizer = tokenizer._tokenizer
+                strip_accents=c.get("strip_accents"),
+                handle_chinese_chars=c.get("tokenize_chinese_chars", True))._tokenizer
         tokenizer.no_padding()
-        empty, numbers = tokenizer.encode("").ids, tokenizer.get_vocab()
+        empty, ids, size = tokenizer.encode("").ids, tokenizer.get_vocab(), bert.word_embeddings.num_embeddings
+        pad, ends, last = ids.get("[PAD]"), [ids.get("[CLS]"), ids.get("[SEP]")], max(ids.values())
     except Exception as error:  # the package raises plain Exception
         raise InputError(f"{folder}: expected tokenizer.json or vocab.txt of a BERT ({error})") from None
-    embeddings, ends = bert.word_embeddings.num_embeddings, [numbers.get("[CLS]"), numbers.get("[SEP]")]
-    checks = {f"[PAD] is {numbers.get('[PAD]')}, not {bert.pad_id}": numbers.get("[PAD]") == bert.pad_id,
-              f"an empty text gives {empty}, not [CLS] and [SEP], which are {ends}": empty == ends,
-              f"ids go up to {max(numbers.values())}, past {embeddings} embeddings": max(numbers.values()) < embeddings}
-    if not all(checks.values()):
-        wrong = "; ".join(text for text, right in checks.items() if not right)
-        raise InputError(f"{folder}: the tokenizer does not belong to this BERT: {wrong}")
+    for right, wrong in ((pad == bert.pad_id, f"[PAD] is {pad}, not {bert.pad_id}"),
+                         (empty == ends, f"an empty text gives {empty}, not [CLS] and [SEP], which are {ends}"),
+                         (last < size, f"ids go up to {last}, past {size} embeddings")):
+        if not right:
+            raise InputError(f"{folder}: the tokenizer does not belong to this BERT: {wrong}")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(pad_id=bert.pad_id, pad_token="[PAD]", pad_to_multiple_of=multiple)
     return tokenizer
@@ -734,6 +685,8 @@ def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Toke
 
 # ---------------------------------------------------------------------------------------------------------
 # A picture of the routing
+
+CELL, TILE = 34, 112  # the sides of a cell of a heat map and of a sample's image, in pixels
 
 
 def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: int = 5) -> Image.Image:
@@ -744,33 +697,31 @@ def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: i
     """
     n, layers, k = routing.shape
     layer = int(routing.var(0, unbiased=False).sum(-1).argmax())
-    share = routing[:, layer].mean(0)
+    weights, title = routing[:, layer], f"Layer {layer + 1}"
+    share = weights.mean(0)
     used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
-    kinds, by_kind, told, most = routing_by_kind([pairs.source.kind(s) for s in pairs.samples], routing[:, layer])
-    tile, row, cell = 112, 172, 34
-    right = max(200 + cell * k, 560)
-    height = max(80 + row * len(used), 190 + cell * (layers + len(kinds)))
-    page = Image.new("RGB", (right + 130 + (tile + 40) * shown, height), "white")
+    kinds = [sample.id.rpartition("-")[0] if pairs.source.ids_name_kinds else "" for sample in pairs.samples]
+    kinds, by_kind, told, most = routing_by_kind(kinds, weights)
+    right, row = max(200 + CELL * k, 560), TILE + 60
+    height = max(80 + row * len(used), 190 + CELL * (layers + len(kinds)))
+    page = Image.new("RGB", (right + 130 + (TILE + 40) * shown, height), "white")
     pen = ImageDraw.Draw(page)
 
     heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)],
              f"Mean routing weight (%) of each expert, {n:,} {pairs.split} samples")
     if kinds != [""]:
-        heat_map(pen, 20, 110 + cell * layers, by_kind, kinds,
-                 f"Layer {layer + 1} by kind: it tells {told:.1f} of at most {most:.1f} bits of a sample's kind")
-
-    pen.text((right, 20), f"Layer {layer + 1}: its busiest experts, and the samples that weight them most", "black",
-             font(18))
+        heat_map(pen, 20, 110 + CELL * layers, by_kind, kinds,
+                 f"{title} by kind: it tells {told:.1f} of at most {most:.1f} bits of a sample's kind")
+    write(pen, right, 20, f"{title}: its busiest experts, and the samples that weight them most", 18)
     for y, e in zip(range(70, height, row), used):
-        pen.text((right, y + tile // 2 - 20), f"expert {e + 1}\n{100 * share[e]:.0f} %", "black", font(16))
-        for column, i in enumerate(distinct(pairs, routing[:, layer, e].argsort(descending=True).tolist(), shown)):
-            x = right + 110 + column * (tile + 40)
+        write(pen, right, y + TILE // 2 - 20, f"expert {e + 1}\n{100 * share[e]:.0f} %", 16)
+        first: dict[str, int] = {}  # samples of one text route alike, so only the first is shown
+        for i in weights[:, e].argsort(descending=True).tolist():
+            first.setdefault(pairs.sample(i).text, i)
+        for x, i in zip(range(right + 110, page.width - TILE, TILE + 40), first.values()):
             _, image, text, _, _ = pairs[0, i]
-            page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile)), (x, y))
-            words, small = "\n".join(textwrap.wrap(text, 24, max_lines=3, placeholder=" …")), font(11)
-            if not isinstance(small, ImageFont.FreeTypeFont):  # the old font knows Latin-1 only
-                words = words.encode("latin-1", "replace").decode("latin-1")
-            pen.text((x, y + tile + 2), words, "black", small)
+            page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((TILE, TILE)), (x, y))
+            write(pen, x, y + TILE + 2, "\n".join(textwrap.wrap(text, 24, max_lines=3, placeholder=" …")), 11)
     return page
 
 
@@ -788,34 +739,24 @@ def routing_by_kind(kinds: list[str], routing: torch.Tensor) -> tuple[list[str],
     return names, mean, float(bits(share @ mean) - share @ bits(mean)), most
 
 
-def distinct(pairs: Pairs, order: list[int], count: int) -> list[int]:
-    """Return the first samples of an order that have different texts, since one text always routes alike."""
-    chosen: dict[str, int] = {}
-    for i in order:
-        chosen.setdefault(pairs.sample(i).text, i)
-        if len(chosen) == count:
-            break
-    return list(chosen.values())
-
-
-def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, rows: list[str], title: str,
-             cell: int = 34) -> None:
+def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, rows: list[str], title: str) -> None:
     """Paint values [rows, k] between 0 and 1 from white to dark blue, each printed in its cell as a percentage."""
-    pen.text((x, y), title, "black", font(18))
-    for j in range(values.shape[1]):
-        pen.text((x + 130 + j * cell + cell // 2, y + 32), str(j + 1), "black", font(12), anchor="mm")
-    for i, name in enumerate(rows):
-        pen.text((x, y + 45 + i * cell + cell // 2), name, "black", font(14), anchor="lm")
-        for j, value in enumerate(values[i].tolist()):
-            left, upper = x + 130 + j * cell, y + 45 + i * cell
+    write(pen, x, y, title, 18)
+    columns = range(x + 130, x + 130 + CELL * values.shape[1], CELL)
+    for number, left in enumerate(columns, 1):
+        write(pen, left + CELL // 2, y + 32, str(number), 12, anchor="mm")
+    for top, name, row in zip(range(y + 45, y + 45 + CELL * len(rows), CELL), rows, values.tolist()):
+        write(pen, x, top + CELL // 2, name, 14, anchor="lm")
+        for left, value in zip(columns, row):
             shade = tuple(round(255 + (dark - 255) * value ** 0.5) for dark in (8, 48, 107))
-            pen.rectangle((left, upper, left + cell - 2, upper + cell - 2), shade)
-            pen.text((left + cell // 2, upper + cell // 2), f"{100 * value:.0f}",
-                     "white" if value > 0.2 else "black", font(12), anchor="mm")
+            pen.rectangle((left, top, left + CELL - 2, top + CELL - 2), shade)
+            color = "white" if value > 0.2 else "black"
+            write(pen, left + CELL // 2, top + CELL // 2, f"{100 * value:.0f}", 12, color, "mm")
 
 
-def font(size: int) -> ImageFont.ImageFont:
+def write(pen: ImageDraw.ImageDraw, x: int, y: int, text: str, size: int, color="black", anchor=None) -> None:
     try:
-        return ImageFont.load_default(size)
-    except (TypeError, OSError, ImportError):  # a Pillow older than 10.1, or without FreeType: one size for all
-        return ImageFont.load_default()
+        font = ImageFont.load_default(size)
+    except (TypeError, OSError, ImportError):  # before Pillow 10.1, or without FreeType: one size, and Latin-1 only
+        font, text = ImageFont.load_default(), text.encode("latin-1", "replace").decode("latin-1")
+    pen.text((x, y), text, color, font, anchor)
