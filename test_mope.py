@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import http.server
 import io
@@ -73,6 +74,14 @@ def folder():
             yield Path(name)
 
 
+if "pytest" in sys.modules:
+    @sys.modules["pytest"].fixture
+    def root():
+        """Hand it to each test that asks for it, as the runner at the end of this file does."""
+        with folder() as path:
+            yield path
+
+
 @contextlib.contextmanager
 def working_in(path: Path):
     """Make a folder the current one."""
@@ -84,39 +93,43 @@ def working_in(path: Path):
         os.chdir(before)
 
 
-def refused(call, *words: str) -> str:
-    """The call must raise InputError with one sentence that holds the words."""
-    try:
-        call()
-    except InputError as error:
-        for word in words:
-            assert word in str(error), f"{word!r} not in: {error}"
-        return str(error)
-    raise AssertionError("InputError expected")
-
-
-def raises(kind: type, call) -> str:
-    """The call must raise an exception of that kind; its message is returned."""
+def refused(call, *words: str, kind: type = InputError) -> str:
+    """The call must raise an exception of that kind whose message holds the words; the message is returned."""
     try:
         call()
     except kind as error:
+        for word in words:
+            assert word in str(error), f"{word!r} not in: {error}"
         return str(error)
     raise AssertionError(f"{kind.__name__} expected")
 
 
-def usage(call, words: str) -> None:
-    """The call must end as argparse ends it, with a message that holds the words."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+def output(call) -> str:
+    """Return what the call prints, on either stream; argparse may end it."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         try:
             call()
-            raise AssertionError("it should exit")
         except SystemExit as left:
-            assert left.code == 2 and words in said.getvalue(), said.getvalue()
+            print("exit code", left.code)
+    return said.getvalue()
+
+
+def read(path: Path):
+    """Return what a file of a run holds: a checkpoint, a table or JSON."""
+    if path.suffix == ".csv":
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    return torch.load(path, weights_only=True) if path.suffix in (".pt", ".pth") else json.loads(path.read_text())
+
+
+@functools.cache
+def lacks_bfloat16() -> bool:
+    trial = "import torch; m = torch.ones(1024, 1024).bfloat16(); m @ m"
+    return bool(subprocess.run([sys.executable, "-c", trial], capture_output=True).returncode)
 
 
 def need_bfloat16() -> None:
-    trial = "import torch; m = torch.ones(1024, 1024).bfloat16(); m @ m"
-    if subprocess.run([sys.executable, "-c", trial], capture_output=True).returncode:
+    if lacks_bfloat16():
         raise unittest.SkipTest("this processor refuses its bfloat16 instructions; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 "
                                 "may avoid them")
 
@@ -141,14 +154,13 @@ def words(n: int = 4, length: int = 9) -> torch.Tensor:
     return ids
 
 
-def make_vit(path: Path, dim: int = 384, depth: int = 2) -> dict:
-    """Write a random file in torchvision's format, with torchvision's own model, and return that."""
+def make_vit(path: Path, dim: int = 64) -> None:
+    """Write a random file in torchvision's format, with torchvision's own model."""
     torch.manual_seed(0)
-    vit = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=depth, num_heads=dim // 64,
+    vit = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=dim // 64,
                                                hidden_dim=dim, mlp_dim=64, num_classes=7)
     torch.nn.init.normal_(vit.heads.head.weight)
     torch.save(vit.state_dict(), path)
-    return vit.eval()
 
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red green blue round thing , .".split()
@@ -162,18 +174,16 @@ def make_bert(path: Path) -> dict:
                   layer_norm_eps=1e-12, pad_token_id=0)
     (path / "config.json").write_text(json.dumps(config))
     (path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    g = torch.Generator().manual_seed(3)
+    layer = {"attention.self.query": (32, 32), "attention.self.key": (32, 32), "attention.self.value": (32, 32),
+             "attention.output.dense": (32, 32), "attention.output.LayerNorm": (32,), "intermediate.dense": (64, 32),
+             "output.dense": (32, 64), "output.LayerNorm": (32,)}
+    modules = {"embeddings.LayerNorm": (32,), "pooler.dense": (32, 32)}
+    modules |= {f"encoder.layer.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
     shapes = {"embeddings.word_embeddings.weight": (len(WORDS), 32), "embeddings.position_embeddings.weight": (40, 32),
-              "embeddings.token_type_embeddings.weight": (2, 32), "embeddings.LayerNorm.weight": (32,),
-              "embeddings.LayerNorm.bias": (32,), "pooler.dense.weight": (32, 32), "pooler.dense.bias": (32,)}
-    for i in range(2):
-        p = f"encoder.layer.{i}."
-        for name, (rows, columns) in {"attention.self.query": (32, 32), "attention.self.key": (32, 32),
-                                      "attention.self.value": (32, 32), "attention.output.dense": (32, 32),
-                                      "intermediate.dense": (64, 32), "output.dense": (32, 64)}.items():
-            shapes |= {p + name + ".weight": (rows, columns), p + name + ".bias": (rows,)}
-        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
-            shapes |= {p + name + ".weight": (32,), p + name + ".bias": (32,)}
+              "embeddings.token_type_embeddings.weight": (2, 32)}
+    for name, shape in modules.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    g = torch.Generator().manual_seed(3)
     weights = {name: torch.randn(shape, generator=g) * 0.1 for name, shape in shapes.items()}
     torch.save(weights, path / "pytorch_model.bin")
     return weights
@@ -208,26 +218,51 @@ def make_food(root: Path, train_count: int = 40, test_count: int = 12) -> Path:
     return root
 
 
+@functools.cache
+def inputs() -> tempfile.TemporaryDirectory:
+    """Make the tiny data and backbones that tests copy, once."""
+    made = tempfile.TemporaryDirectory()
+    make_food(Path(made.name, "food"))
+    make_vit(Path(made.name, "vit.pth"))
+    make_bert(Path(made.name, "bert"))
+    return made
+
+
 def arguments(root: Path, *more: str) -> list[str]:
-    """Make tiny data and backbones below root once, and return the command line that trains on them."""
+    """Copy tiny data and backbones below root, unless they are there; return the command line that trains on them."""
     if not (root / "vit.pth").exists():
-        make_food(root / "food")
-        make_vit(root / "vit.pth")
-        make_bert(root / "bert")
+        shutil.copytree(inputs().name, root, dirs_exist_ok=True)
     return ["--dataset", "food101", "--data-dir", f"{root}/food", "--vision", f"{root}/vit.pth", "--text",
             f"{root}/bert", "--image-size", "32", "--text-length", "16", "--batch-size", "6",
             "--epochs", "3", "--workers", "0", "--device", "cpu", "--precision", "float32", *more]
 
 
+def trained(root: Path, name: str = "run", *flags: str) -> Path:
+    """Train in a folder below root, an epoch unless flags say otherwise, and return that folder."""
+    train.main(arguments(root, "--out", f"{root}/{name}", "--epochs", "1", *flags))
+    return root / name
+
+
 def stop_in_the_first_step(argv: list[str]) -> None:
     """Leave a run behind that has written last.pt and nothing else."""
     with mock.patch("train.task_loss", side_effect=KeyboardInterrupt):
-        raises(KeyboardInterrupt, lambda: train.main(argv))
+        refused(lambda: train.main(argv), kind=KeyboardInterrupt)
 
 
-def run(argv: list[str], timeout: int = 170) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(HERE / "train.py"), *argv], capture_output=True, text=True,
-                          timeout=timeout)
+def start(argv: list[str], patch: str = "", **environment: str) -> subprocess.Popen:
+    """Start train.py as a program of its own, after some lines that patch what it imports."""
+    program = (f"import os, runpy, sys, torch\n{patch}\nsys.path.insert(0, '.')\n"
+               "runpy.run_path('train.py', run_name='__main__')")
+    return subprocess.Popen([sys.executable, "-c", program, *argv], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def ended(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """Wait for a program, check its exit code, and return its output and errors."""
+    said, errors = process.communicate(timeout=150)
+    assert process.returncode == code, f"{process.returncode}: {errors}"
+    return said, errors
 
 
 def same(a, b) -> bool:
@@ -243,13 +278,11 @@ def same(a, b) -> bool:
 
 def same_runs(a: Path, b: Path) -> None:
     """Check that two runs ended alike: weights, optimizer, log and metrics."""
-    for name in ("last.pt", "best.pt"):
-        one, two = (torch.load(run / name, weights_only=True) for run in (a, b))
-        for key in ("trained", "optimizer", "progress"):
-            assert same(one[key], two[key]), f"{name}: {key} differs"
+    for name, key in itertools.product(("last.pt", "best.pt"), ("trained", "optimizer", "progress")):
+        assert same(read(a / name)[key], read(b / name)[key]), f"{name}: {key} differs"
     logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (a, b)]
     assert same(*logs) and [line["epoch"] for line in logs[0]] == [1, 2, 3]
-    one, two = (json.loads((run / "results.json").read_text()) for run in (a, b))
+    one, two = (read(run / "results.json") for run in (a, b))
     assert one["test"] == two["test"] and one["validation"] == two["validation"]
 
 
@@ -257,66 +290,50 @@ def same_runs(a: Path, b: Path) -> None:
 # Encoders: parity with the libraries
 
 
-def test_vit_equals_torchvision_tiny():
-    with folder() as root:
-        reference = torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 96, num_classes=7)
+def test_vit_equals_torchvision(root):
+    torch.manual_seed(0)
+    vits = torchvision.models
+    for reference, size in ((vits.VisionTransformer(32, 8, 3, 4, 64, 96, num_classes=7), 32),
+                            (vits.vit_b_16(weights=None), 224)):
         torch.nn.init.normal_(reference.class_token)
         torch.save(reference.state_dict(), root / "vit.pth")
-        vit = load_vit(str(root / "vit.pth"), 32)
+        vit = load_vit(str(root / "vit.pth"), size)
         reference.heads = torch.nn.Identity()
-        images = pixels()
+        images = pixels(4 if size == 32 else 1, size)
         normalised = (images / 255 - torch.tensor(vit.mean).view(3, 1, 1)) / torch.tensor(vit.std).view(3, 1, 1)
         with torch.no_grad():
             assert (vit(images) - reference.eval()(normalised)).abs().max() <= 1e-5
-
-
-def test_vit_b_16_equals_torchvision():
-    with folder() as root:
-        torch.manual_seed(0)
-        reference = torchvision.models.vit_b_16(weights=None).eval()
-        torch.save(reference.state_dict(), root / "vit.pth")
-        vit = load_vit(str(root / "vit.pth"))
-        reference.heads = torch.nn.Identity()
-        images = pixels(1, 224)
-        normalised = (images / 255 - torch.tensor(vit.mean).view(3, 1, 1)) / torch.tensor(vit.std).view(3, 1, 1)
-        with torch.no_grad():
-            assert (vit(images) - reference(normalised)).abs().max() <= 1e-5
 
 
 def test_real_dinov2_equals_golden():
     golden = torch.load(shared("golden/encoders.pt"), weights_only=True)
     for size in (224, 518):
         vit = load_vit(str(shared("weights/dinov2_vits14/dinov2_vits14_pretrain.pth")), size)
+        images, cls, mean = (golden[f"{name}_{size}"] for name in ("images", "vit_cls", "vit_patch_mean"))
         with torch.no_grad():
-            tokens = vit.tokens(golden[f"images_{size}"])
-            assert (vit(golden[f"images_{size}"]) - golden[f"vit_cls_{size}"]).abs().max() <= 1e-4
-        assert (tokens[:, 0] - golden[f"vit_cls_{size}"]).abs().max() <= 1e-4
-        assert (tokens[:, 1:].mean(1) - golden[f"vit_patch_mean_{size}"]).abs().max() <= 1e-4
+            tokens = vit.tokens(images)
+            for ours, theirs in ((vit(images), cls), (tokens[:, 0], cls), (tokens[:, 1:].mean(1), mean)):
+                assert (ours - theirs).abs().max() <= 1e-4
 
 
 def test_real_bert_equals_golden():
     golden = torch.load(shared("golden/encoders.pt"), weights_only=True)
     bert = load_bert(str(shared("weights/all-MiniLM-L6-v2")))
     ids, real = golden["input_ids"], golden["attention_mask"].bool()
-    tokenizer = data.load_tokenizer(bert, 64)
-    encoded = tokenizer.encode_batch(golden["texts"])
-    assert [e.ids for e in encoded] == ids.tolist()
+    assert [e.ids for e in data.load_tokenizer(bert, 64).encode_batch(golden["texts"])] == ids.tolist()
     with torch.no_grad():
         assert (bert.tokens(ids) - golden["bert_last_hidden"])[real].abs().max() <= 1e-4
 
 
-def test_layer_scale_is_folded():
+def test_layer_scale_is_folded(root):
     """A file in DINOv2's format gives what the block gives that is written out with LayerScale."""
     torch.manual_seed(0)
     vit = ViT(image_size=28, patch_size=14, dim=64, depth=2, heads=4, mlp_dim=64).eval()
-    names = {"patch_embed.": "patch_embed.proj."}
-    weights = {next((k.replace(a, b) for a, b in names.items() if k.startswith(a)), k): v.clone()
-               for k, v in vit.state_dict().items()}
+    weights = {k.replace("patch_embed.", "patch_embed.proj."): v.clone() for k, v in vit.state_dict().items()}
     weights["mask_token"] = torch.zeros(1, 64)
     gammas = {f"blocks.{i}.ls{j}.gamma": torch.rand(64) for i in range(2) for j in (1, 2)}
-    with folder() as root:
-        torch.save(weights | gammas, root / "dino.pth")
-        loaded = load_vit(str(root / "dino.pth"), 28)
+    torch.save(weights | gammas, root / "dino.pth")
+    loaded = load_vit(str(root / "dino.pth"), 28)
     images = pixels(2, 28)
     with torch.no_grad():
         x = (images - vit.shift) / vit.scale
@@ -351,19 +368,13 @@ def test_prompts_as_keys_and_values_equal_insert_and_drop():
         assert (ours - encoder(inputs)).abs().max() > 1e-3, "prompts change the feature"
 
 
-def test_padding_changes_no_feature():
-    bert = tiny().prior
-    ids = words(1)
-    longer = F.pad(ids, (0, 7))
-    prompts = torch.randn(bert.depth, 1, 3, bert.dim)
-    for pooling in ("mean", "cls"):
+def test_features_without_padding_and_without_the_other_tokens():
+    """Padding changes no feature; nor does it that the last layer of a ViT computes [CLS] alone."""
+    model, ids = tiny().eval(), words(1)
+    bert, vit = model.prior, model.main
+    for pooling, p in itertools.product(("mean", "cls"), (None, torch.randn(bert.depth, 1, 3, bert.dim))):
         bert.pooling = pooling
-        for p in (None, prompts):
-            assert (bert(ids, p) - bert(longer, p)).abs().max() <= 1e-5
-
-
-def test_last_layer_computes_cls_only_and_exactly():
-    vit = tiny().main.eval()
+        assert (bert(ids, p) - bert(F.pad(ids, (0, 7)), p)).abs().max() <= 1e-5
     prompts = torch.randn(vit.depth, 4, 2, vit.dim)
     with torch.no_grad():
         assert torch.allclose(vit(pixels(), prompts), vit.tokens(pixels(), prompts)[:, 0], atol=1e-6)
@@ -430,31 +441,22 @@ def test_one_expert_needs_no_router():
 
 
 def test_importance_loss():
-    uniform = torch.full((8, 3, 4), 0.25)
-    assert importance_loss(uniform) == 0
-    one_expert = torch.zeros(8, 3, 4)
-    one_expert[..., 1] = 1
-    assert abs(importance_loss(one_expert) - 3) < 1e-6, "k - 1 when one expert takes everything"
+    uniform, one_expert = torch.full((8, 3, 4), 0.25), torch.eye(4)[1].expand(8, 3, 4)
     turns = F.one_hot(torch.arange(8) % 4, 4).float().unsqueeze(1)
+    assert importance_loss(uniform) == 0
+    assert abs(importance_loss(one_expert) - 3) < 1e-6, "k - 1 when one expert takes everything"
     assert importance_loss(turns) == 0, "specialised but balanced routing costs nothing"
     assert importance_loss(one_expert.bfloat16()).dtype == torch.float32
+    for routing, used, each in ((uniform, 4.0, 4.0), (one_expert, 1.0, 1.0), (turns, 4.0, 1.0)):
+        assert torch.allclose(mope.experts_used(routing), torch.tensor([used]))
+        assert torch.allclose(mope.experts_per_sample(routing), torch.tensor([each]))
 
-
-def test_importance_gradient_stops_layer_by_layer():
+    # the gradient stops layer by layer: CV² is about 0.003 in the first, below 0.05, and far above in the second
     logits = torch.zeros(8, 2, 4)
-    logits[:, 0, 0] = 0.1  # CV² about 0.003, below 0.05
-    logits[:, 1, 0] = 2.0  # far above
-    logits.requires_grad_()
-    loss = importance_loss(logits.softmax(-1))
+    logits[:, 0, 0], logits[:, 1, 0] = 0.1, 2.0
+    loss = importance_loss(logits.requires_grad_().softmax(-1))
     loss.backward()
     assert loss > 0.1 and logits.grad[:, 0].abs().max() == 0 and logits.grad[:, 1].abs().max() > 0
-
-
-def test_experts_used_and_experts_per_sample():
-    even, one, turns = torch.full((8, 4), 0.25), torch.eye(4)[[1] * 8], torch.eye(4).repeat(2, 1)
-    for routing, used, each in ((even, 4.0, 4.0), (one, 1.0, 1.0), (turns, 4.0, 1.0)):
-        assert torch.allclose(mope.experts_used(routing[:, None]), torch.tensor([used]))
-        assert torch.allclose(mope.experts_per_sample(routing[:, None]), torch.tensor([each]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -483,41 +485,35 @@ def test_frozen_stays_bitwise_and_every_trainable_moves():
                 assert (p != before[name]).flatten(2).any(-1).all()
 
 
-def test_frozen_encoders_stay_in_evaluation_mode():
+def test_modes_of_training_and_evaluation():
     model = tiny().train()
     assert model.training and model.prompts.training
-    assert not any(m.training for encoder in (model.main, model.prior) for m in encoder.modules())
+    assert not any(m.training for encoder in (model.main, model.prior) for m in encoder.modules()), "they are frozen"
     assert all(m.training for m in tiny(finetune=True).train().modules())
-
-
-def test_two_evaluations_are_bitwise_equal():
-    model = tiny().eval()
+    model.eval()
     with torch.no_grad():
         assert same(tuple(model(pixels(), words())), tuple(model(pixels(), words())))
-
-
-def test_prior_without_prompts_runs_without_autograd():
     for count in (0, 4):
         model, psi = tiny(n_prior_prompts=count), []
         model.prior.register_forward_hook(lambda module, inputs, output: psi.append(output))
         model(pixels(), words())
-        assert psi[0].requires_grad == bool(count)
+        assert psi[0].requires_grad == bool(count), "a prior without prompts runs without autograd"
 
 
-def test_images_must_be_pixels():
+def test_inputs_that_do_not_fit_are_refused():
     refused(lambda: tiny()(pixels().float() / 255, words()), "torch.float32", "uint8")
     refused(lambda: tiny()(pixels(size=40), words()), "[4, 3, 40, 40]", "[B, 3, 32, 32]")
     refused(lambda: tiny()(pixels(), words(length=17)), "17 word pieces", "at most 16")
+    for layers in (2, 4):
+        refused(lambda: tiny().main(pixels(), torch.zeros(layers, 4, 1, 24)), kind=ValueError)
 
 
 def test_head_can_see_one_feature():
+    """Where it sees the main encoder alone, and no prompt comes from the other, that one does not run."""
     for head, width in (("both", 40), ("main", 24)):
         model = tiny(head=head)
         assert model.head.in_features == width and model(pixels(), words()).logits.shape == (4, 5)
     refused(lambda: tiny(head="all"), "all", "both")
-
-
-def test_one_modality_alone_needs_no_other_encoder():
     model = tiny(head="main", n_experts=0, mapped=False, n_prior_prompts=0).eval()
     with mock.patch.object(model.prior, "forward", side_effect=AssertionError("not needed")):
         logits = model(pixels(), words()).logits
@@ -526,27 +522,28 @@ def test_one_modality_alone_needs_no_other_encoder():
 
 
 def test_frozen_matrices_can_be_held_in_bfloat16():
+    """Those in training are not; and the head is exact under autocast."""
+    model = tiny()
+    model.main.blocks[0].requires_grad_(True)
+    kinds = {name: p.dtype for name, p in model.cast_frozen(torch.bfloat16).main.named_parameters()}
+    assert kinds["blocks.0.mlp.fc1.weight"] == torch.float32 and kinds["blocks.1.mlp.fc1.weight"] == torch.bfloat16
+
     need_bfloat16()
-    model = tiny().eval()
+    model, features = tiny().eval(), []
     exact = model(pixels(), words()).logits
     model.cast_frozen(torch.bfloat16)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["main.blocks.0.attn.qkv.weight"] == torch.bfloat16
     assert kinds["main.blocks.0.norm1.weight"] == kinds["prompts.experts"] == torch.float32
+    model.head.register_forward_hook(lambda module, inputs, output: features.append((inputs[0], output)))
     with torch.autocast("cpu", torch.bfloat16):
         rounded, routing, _ = model(pixels(), words())
-    assert routing.dtype == torch.float32
-    rounded = rounded.float()
-    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
+    [(feature, output_)] = features
+    assert routing.dtype == rounded.dtype == feature.dtype == output_.dtype == torch.float32
+    assert torch.equal(rounded, F.linear(feature, model.head.weight, model.head.bias))
+    assert 0 < (rounded - exact).abs().max() < 0.1
     rounded.sum().backward()
     assert model.prompts.experts.grad.dtype == torch.float32
-
-
-def test_matrices_in_training_are_not_held_in_bfloat16():
-    model = tiny()
-    model.main.blocks[0].requires_grad_(True)
-    kinds = {name: p.dtype for name, p in model.cast_frozen(torch.bfloat16).main.named_parameters()}
-    assert kinds["blocks.0.mlp.fc1.weight"] == torch.float32 and kinds["blocks.1.mlp.fc1.weight"] == torch.bfloat16
 
 
 def test_export_with_any_batch_size():
@@ -554,16 +551,6 @@ def test_export_with_any_batch_size():
     shapes = {"x": {0: batch}, "y": {0: batch}}
     exported = torch.export.export(model, (pixels(), words()), dynamic_shapes=shapes).module()
     assert (exported(pixels(7), words(7)).logits - model(pixels(7), words(7)).logits).abs().max() < 1e-5
-
-
-def test_prompts_for_another_number_of_layers_are_refused():
-    refused_by = []
-    for layers in (2, 4):
-        try:
-            tiny().main(pixels(), torch.zeros(layers, 4, 1, 24))
-        except ValueError:
-            refused_by.append(layers)
-    assert refused_by == [2, 4], "an encoder of three layers"
 
 
 def test_trainable_share_of_vit_b_16_and_bert_base():
@@ -575,359 +562,313 @@ def test_trainable_share_of_vit_b_16_and_bert_base():
     assert f"{total:,}" in report and f"{trained:,}" in report and f"{trained / total:.2%}" in report
 
 
-def test_trained_state_goes_to_a_fresh_process():
-    with folder() as root:
-        arguments(root)
-        model = MoPE(load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert"), 5, n_experts=4).eval()
-        images, ids = pixels(), words() % len(WORDS)
-        torch.save(model.trained_state(), root / "trained.pt")
-        torch.save((images, ids), root / "inputs.pt")
-        program = f"""if True:
-            import torch, mope
-            model = mope.MoPE(mope.load_vit("{root}/vit.pth", 32), mope.load_bert("{root}/bert"), 5, n_experts=4)
-            model.load_trained_state(torch.load("{root}/trained.pt", weights_only=True)).eval()
-            torch.save(model(*torch.load("{root}/inputs.pt")).logits.detach(), "{root}/logits.pt")"""
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE, capture_output=True)
-        assert torch.equal(torch.load(root / "logits.pt"), model(images, ids).logits)
+def test_trained_state_goes_to_a_fresh_process(root):
+    arguments(root)
+    vit, bert = load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert")
+    model = MoPE(vit, bert, 5, n_experts=4).eval()
+    images, ids, state = pixels(), words() % len(WORDS), model.trained_state()
+    torch.save(state, root / "trained.pt")
+    torch.save((images, ids), root / "inputs.pt")
+    program = f"""if True:
+        import torch, mope
+        model = mope.MoPE(mope.load_vit("{root}/vit.pth", 32), mope.load_bert("{root}/bert"), 5, n_experts=4)
+        model.load_trained_state(torch.load("{root}/trained.pt", weights_only=True)).eval()
+        torch.save(model(*torch.load("{root}/inputs.pt")).logits.detach(), "{root}/logits.pt")"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE, capture_output=True)
+    assert torch.equal(read(root / "logits.pt"), model(images, ids).logits)
 
-        make_vit(root / "other.pth", depth=2)
-        weights = torch.load(root / "other.pth")
-        torch.save({k: v + 1 for k, v in weights.items()}, root / "other.pth")
-        other = MoPE(load_vit(f"{root}/other.pth", 32), load_bert(f"{root}/bert"), 5, n_experts=4)
-        refused(lambda: other.load_trained_state(model.trained_state()), "main sha256", "vit.pth")
-        colder = MoPE(model.main, model.prior, 5, n_experts=4, temperature=0.2)
-        refused(lambda: colder.load_trained_state(model.trained_state()), "temperature is 0.2")
-        refused(lambda: model.load_trained_state({"model": 1}), "weights and backbones")
-        wider = MoPE(model.main, model.prior, 6, n_experts=4)
-        refused(lambda: wider.load_trained_state(model.trained_state()), "misshapen", "head")
+    torch.save({k: v + 1 for k, v in read(root / "vit.pth").items()}, root / "other.pth")
+    other = load_vit(f"{root}/other.pth", 32)
+    for backbone, classes, settings, state_, *hints in (
+            (other, 5, {}, state, "main sha256", "vit.pth"), (vit, 5, {}, {"model": 1}, "weights and backbones"),
+            (vit, 5, dict(temperature=0.2), state, "temperature is 0.2"), (vit, 6, {}, state, "misshapen", "head")):
+        model_ = MoPE(backbone, bert, classes, n_experts=4, **settings)
+        refused(lambda: model_.load_trained_state(state_), *hints)
 
-        # what counts is what a tensor is, not whether it requires a gradient when it is saved
-        names = model.trained_state()["weights"].keys()
-        assert model.requires_grad_(False).trained_state()["weights"].keys() == names
-        assert not any(name.startswith(("main.", "prior.")) for name in names)
-        tuned = MoPE(model.main, model.prior, 5, finetune=True)
-        assert any(name.startswith("main.") for name in tuned.trained_state()["weights"])
-        assert "main sha256" not in tuned.trained_state()["backbones"], "its encoders are not those of the files"
-
-        vit, bert = load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert")
-        image_only = MoPE(vit, bert, 5, n_experts=0, mapped=False, n_prior_prompts=0, head="main", finetune=True)
-        assert not any(name.startswith("prior.") for name in image_only.trained_state()["weights"])
-        assert vit.source is None and bert.source, "an encoder that is not used is not trained either"
+    # what counts is what a tensor is, not whether it requires a gradient when it is saved
+    names = state["weights"].keys()
+    assert model.requires_grad_(False).trained_state()["weights"].keys() == names
+    assert not any(name.startswith(("main.", "prior.")) for name in names)
+    tuned = MoPE(vit, bert, 5, finetune=True).trained_state()
+    assert any(name.startswith("main.") for name in tuned["weights"])
+    assert "main sha256" not in tuned["backbones"], "its encoders are not those of the files"
+    vit, bert = load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert")
+    image_only = MoPE(vit, bert, 5, n_experts=0, mapped=False, n_prior_prompts=0, head="main", finetune=True)
+    assert not any(name.startswith("prior.") for name in image_only.trained_state()["weights"])
+    assert vit.source is None and bert.source, "an encoder that is not used is not trained either"
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Weight files
 
 
-def test_bert_formats_are_the_same():
-    """Either file type can hold the weights, with and without the prefix, under old and new names."""
-    with folder() as root:
-        weights = make_bert(root / "new")
-        old = {"bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
-               for k, v in weights.items()}
-        old |= {"cls.predictions.bias": torch.zeros(15), "bert.embeddings.position_ids": torch.arange(40)}
-        shutil.copytree(root / "new", root / "old")
-        torch.save(old, root / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-        shutil.copytree(root / "new", root / "safe")
-        (root / "safe" / "pytorch_model.bin").unlink()
-        write_safetensors(root / "safe" / "model.safetensors", weights)
-        ids = torch.tensor([[2, 5, 6, 8, 3]])
-        a, b, c = (load_bert(str(root / kind))(ids) for kind in ("new", "old", "safe"))
-        assert torch.equal(a, b) and torch.equal(a, c)
+def test_broken_weight_files_are_explained(root):
+    good = root / "good.pth"
+    make_vit(good)
+    weights, whole = read(good), good.read_bytes()
+    torch.save(weights, root / "legacy.pth", _use_new_zipfile_serialization=False)
+    legacy = (root / "legacy.pth").read_bytes()
+    for name, content, hint in (
+            ("cut.pth", whole[:-1000], "cut short"), ("half.pth", whole[:len(whole) // 2], "cut short"),
+            ("empty.pth", b"", "b''"), ("page.pth", b"<!DOCTYPE html><html>", "<!DOCTYPE"),
+            ("legacycut.pth", legacy[:-1000], "cut short"), ("legacyhead.pth", legacy[:50], "cut short"),
+            ("pointer.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs")):
+        (root / name).write_bytes(content)
+        assert "\n" not in refused(lambda: load_vit(str(root / name), 32), name, hint, "download")
+    (root / "evil.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    refused(lambda: load_vit(str(root / "evil.pth"), 32), "evil.pth")
+
+    ones, quantised = torch.ones(64), torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)
+    for state, hint in (
+            ([1, 2], "named tensors"), ({"conv1.weight": torch.zeros(3)}, "not a plain ViT"),
+            (weights | {"register_tokens": torch.zeros(1)}, "1 unexpected (register_tokens)"),
+            ({k: v for k, v in weights.items() if k != "encoder.ln.bias"}, "1 missing (norm.bias)"),
+            (weights | {"encoder.ln.bias": torch.zeros(5)}, "misshapen"),
+            (weights | {"encoder.pos_embedding": torch.zeros(1, 6, 64)}, "1 misshapen (pos_embed)"),
+            (weights | {7: torch.ones(1)}, ""), (weights | {"conv_proj.weight": torch.tensor(1.0)}, ""),
+            (weights | {"class_token": 3}, ""), *((weights | {"encoder.ln.bias": bias}, "") for bias in (
+                ones.to_sparse(), quantised, ones[0].clone(), ones.to(torch.int8), None,
+                ones.to(torch.complex64)))):
+        torch.save(state, root / "odd.pth")
+        assert "\n" not in refused(lambda: load_vit(f"{root}/odd.pth", 32), "odd.pth", hint)
+    weights["encoder.ln.bias"][3] = math.inf
+    torch.save(weights, root / "inf.pth")
+    refused(lambda: load_vit(f"{root}/inf.pth", 32), "inf.pth", "norm.bias", "not finite")
+    refused(lambda: load_vit(str(good), 30), "30", "multiple of the patch size 8")
+    make_vit(root / "wide.pth", dim=128)
+    refused(lambda: load_vit(str(root / "wide.pth"), 32), "width 128", "heads")
 
 
-def test_broken_weight_files_are_explained():
-    with folder() as root:
-        make_vit(root / "good.pth")
-        whole = (root / "good.pth").read_bytes()
-        legacy = torch.load(root / "good.pth")
-        torch.save(legacy, root / "legacy.pth", _use_new_zipfile_serialization=False)
-        old = (root / "legacy.pth").read_bytes()
-        contents = {"cut.pth": whole[:-1000], "half.pth": whole[:len(whole) // 2], "empty.pth": b"",
-                    "legacycut.pth": old[:-1000], "legacyhead.pth": old[:50], "page.pth": b"<!DOCTYPE html><html>",
-                    "pointer.pth": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"}
-        hints = {"empty.pth": "b''", "page.pth": "<!DOCTYPE", "pointer.pth": "git-lfs"}
-        for name, content in contents.items():
-            (root / name).write_bytes(content)
-            message = refused(lambda: load_vit(str(root / name), 32), name, hints.get(name, "cut short"), "download")
-            assert "\n" not in message
-        torch.save([1, 2], root / "list.pth")
-        refused(lambda: load_vit(str(root / "list.pth"), 32), "named tensors")
-        (root / "evil.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-        refused(lambda: load_vit(str(root / "evil.pth"), 32), "evil.pth")
-
-        weights = torch.load(root / "good.pth")
-        extra = {k: v for k, v in weights.items()} | {"register_tokens": torch.zeros(1)}
-        lacking = {k: v for k, v in weights.items() if k != "encoder.ln.bias"}
-        misshapen = weights | {"encoder.ln.bias": torch.zeros(5)}
-        oblong = weights | {"encoder.pos_embedding": torch.zeros(1, 6, weights["class_token"].shape[-1])}
-        unknown = {"conv1.weight": torch.zeros(3)}
-        for name, state, hint in (("extra", extra, "1 unexpected (register_tokens)"),
-                                  ("unknown", unknown, "not a plain ViT"),
-                                  ("lacking", lacking, "1 missing (norm.bias)"), ("misshapen", misshapen, "misshapen"),
-                                  ("oblong", oblong, "1 misshapen (pos_embed)")):
-            torch.save(state, root / f"{name}.pth")
-            refused(lambda: load_vit(str(root / f"{name}.pth"), 32), f"{name}.pth", hint)
-        refused(lambda: load_vit(str(root / "good.pth"), 30), "30", "multiple of the patch size 8")
-        make_vit(root / "wide.pth", dim=128)
-        refused(lambda: load_vit(str(root / "wide.pth"), 32), "width 128", "heads")
+def test_broken_bert_folders_are_explained(root):
+    bert, path = root / "bert", root / "bert/model.safetensors"
+    weights = make_bert(bert)
+    (root / "empty").mkdir()
+    for name, *hints in ((root / "nowhere", "nowhere", "no such file or folder"), (root / "empty", "config.json"),
+                         ("bert-bass", "bert-bass", "hub id")):
+        refused(lambda: load_bert(str(name)), *hints)
+    refused(lambda: load_vit("vit_b_61"), "vit_b_61", "vit_b_16", "no such file")
+    write_safetensors(path, weights)
+    whole = path.read_bytes()
+    for content in (whole[:-4], whole[:300], b"", b"<html>", b"\xff" * 100,
+                    whole.replace(b'"data_offsets": [0, ', b'"data_offsets": [9, ')):
+        assert content != whole
+        path.write_bytes(content)
+        refused(lambda: load_bert(str(bert)), "model.safetensors", "download it again")
+    path.write_bytes(whole)
+    config = read(bert / "config.json")
+    for change, hint in ((dict(model_type="roberta"), "roberta"), (dict(hidden_act="relu"), "relu"),
+                         (dict(hidden_size="x"), "not the configuration"), (dict(num_hidden_layers=3), "missing"),
+                         (None, "config.json")):
+        (bert / "config.json").write_text("{" if change is None else json.dumps(config | change))
+        refused(lambda: load_bert(str(bert)), hint)
 
 
-def test_broken_bert_folders_are_explained():
-    with folder() as root:
-        weights = make_bert(root / "bert")
-        refused(lambda: load_bert(str(root / "nowhere")), "nowhere", "no such file or folder")
-        refused(lambda: load_bert("bert-bass"), "bert-bass", "hub id")
-        refused(lambda: load_vit("vit_b_61"), "vit_b_61", "vit_b_16", "no such file")
-        (root / "empty").mkdir()
-        refused(lambda: load_bert(str(root / "empty")), "config.json")
-        path = root / "bert" / "model.safetensors"
-        write_safetensors(path, weights)
-        whole = path.read_bytes()
-        for content in (whole[:-4], whole[:300], b"", b"<html>", b"\xff" * 100,
-                        whole.replace(b'"data_offsets": [0, ', b'"data_offsets": [9, ')):
-            assert content != whole
-            path.write_bytes(content)
-            refused(lambda: load_bert(str(root / "bert")), "model.safetensors", "download it again")
-        path.write_bytes(whole)
-        config = json.loads((root / "bert" / "config.json").read_text())
-        for change, hint in ((dict(model_type="roberta"), "roberta"), (dict(hidden_act="relu"), "relu"),
-                             (dict(hidden_size="x"), "not the configuration"), (dict(num_hidden_layers=3), "missing")):
-            (root / "bert" / "config.json").write_text(json.dumps(config | change))
-            refused(lambda: load_bert(str(root / "bert")), hint)
-        (root / "bert" / "config.json").write_text("{")
-        refused(lambda: load_bert(str(root / "bert")), "config.json")
+def test_hub_id_is_downloaded_by_huggingface_hub(root):
+    weights = make_bert(root / "hub")
+    calls = []
+
+    def snapshot(repo, revision=None, allow_patterns=()):
+        calls.append((repo, revision, allow_patterns[0]))
+        if repo != "someone/small-bert":
+            raise OSError("404\nand more")
+        return str(root / "hub")
+
+    with mock.patch("huggingface_hub.snapshot_download", snapshot):
+        assert torch.equal(load_bert("someone/small-bert").norm.weight, weights["embeddings.LayerNorm.weight"])
+        assert [first for *_, first in calls] == ["model.safetensors", "pytorch_model.bin"]
+        refused(lambda: load_bert("bert-base-uncased"), "google-bert/bert-base-uncased", "404)", "give a folder")
+    assert calls[-1][:2] == mope.BERT_BASE
 
 
-@contextlib.contextmanager
-def hub(root: Path):
-    """Serve a folder on the loopback interface."""
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(root))
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
+def test_named_vision_weights_are_checked_by_hash(root):
+    """They come from a server, here one on the loopback interface."""
+    www, cached = root / "www", root / "hub/checkpoints/vit.pth"
+    www.mkdir()
+    make_vit(www / "vit.pth")
+    shutil.copy(www / "vit.pth", www / "vit2.pth")
+    digest = hashlib.sha256((www / "vit.pth").read_bytes()).hexdigest()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(www))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, none = f"http://127.0.0.1:{server.server_port}", "0" * 8
+        with mock.patch.dict(mope.VISION, good=(f"{url}/vit.pth", digest[:8]), bad=(f"{url}/./vit2.pth", none),
+                             gone=(f"{url}/gone.pth", none)):
+            assert load_vit("good", 32).source["sha256"] == digest
+            refused(lambda: load_vit("bad", 32), "vit2.pth", "hash")
+            cached.write_bytes(bytes(64) + cached.read_bytes()[64:])
+            refused(lambda: load_vit("good", 32), "vit.pth is damaged", "sha256", "delete it")
+            refused(lambda: load_vit("gone", 32), "gone.pth", "404", "put it at")
         server.shutdown()
-        server.server_close()
-
-
-def test_hub_id_is_downloaded_by_huggingface_hub():
-    with folder() as root:
-        weights = make_bert(root / "hub")
-        calls = []
-
-        def snapshot(repo, revision=None, allow_patterns=()):
-            calls.append((repo, revision, allow_patterns[0]))
-            if repo != "someone/small-bert":
-                raise OSError("404\nand more")
-            return str(root / "hub")
-
-        with mock.patch("huggingface_hub.snapshot_download", snapshot):
-            assert torch.equal(load_bert("someone/small-bert").norm.weight, weights["embeddings.LayerNorm.weight"])
-            assert [first for *_, first in calls] == ["model.safetensors", "pytorch_model.bin"]
-            refused(lambda: load_bert("bert-base-uncased"), "google-bert/bert-base-uncased", "404)", "give a folder")
-        assert calls[-1][:2] == mope.BERT_BASE
-
-
-def test_named_vision_weights_are_checked_by_hash():
-    with folder() as root:
-        (root / "www").mkdir()
-        make_vit(root / "www/vit.pth")
-        digest = hashlib.sha256((root / "www/vit.pth").read_bytes()).hexdigest()
-        with hub(root / "www") as url:
-            with mock.patch.dict(mope.VISION, good=(f"{url}/vit.pth", digest[:8]), bad=(f"{url}/./vit2.pth", "0" * 8)):
-                shutil.copy(root / "www/vit.pth", root / "www/vit2.pth")
-                assert load_vit("good", 32).source["sha256"] == digest
-                refused(lambda: load_vit("bad", 32), "vit2.pth", "hash")
-                cached = root / "hub/checkpoints/vit.pth"
-                cached.write_bytes(bytes(64) + cached.read_bytes()[64:])
-                refused(lambda: load_vit("good", 32), "vit.pth is damaged", "sha256", "delete it")
-                assert (root / "hub/checkpoints/vit.pth").exists()
-                assert not list((root / "hub/checkpoints").glob("vit2*"))
-            with mock.patch.dict(mope.VISION, gone=(f"{url}/gone.pth", "0" * 8)):
-                refused(lambda: load_vit("gone", 32), "gone.pth", "404", "put it at")
+    assert cached.exists() and not list(cached.parent.glob("vit2*"))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Data
 
 
-def test_food101_defects():
-    with folder() as root:
-        make_food(root)
-        path = root / "texts/train_titles.csv"
-        rows = path.read_text().splitlines()
-        rows[2] = 'red_2.jpg,"a ""quoted"" title, with &#8211; and &amp;,red'  # and the quote never closes
-        rows[3] = rows[3].replace(".jpg", ".txt")
-        rows[4] = 'red_4.jpg,"[[""Wrapped""]]",red'
-        path.write_text("\r\n".join(rows) + "\r\n")
-        splits = data.load("food101", root)
-        samples = {s.id: s for name in ("train", "val") for s in splits[name].samples}
-        assert len(samples) == 40 and len(splits["val"]) == 4 and splits["train"].classes == ["green", "red"]
-        assert samples["red_2.jpg"].text == 'a "quoted" title, with – and &'
-        assert samples["green_3.jpg"].image.exists() and samples["red_4.jpg"].text == "Wrapped"
-        again = data.load("food101", root, seed=5)
-        assert [s.id for s in again["val"].samples] == [s.id for s in splits["val"].samples]
-
-        path.write_text("no commas here\n")
-        refused(lambda: data.load("food101", root), "train_titles.csv:1", "no image,title,class")
-        path.write_text("")
-        refused(lambda: data.load("food101", root), "empty")
-        path.unlink()
-        refused(lambda: data.load("food101", root), "train_titles.csv", "Expected", "kaggle", "python train.py")
-        refused(lambda: data.load("food101", root / "x"), "x", "images/{train,test}", "python train.py")
+def test_food101_defects(root):
+    make_food(root)
+    path = root / "texts/train_titles.csv"
+    rows = path.read_text().splitlines()
+    rows[2] = 'red_2.jpg,"a ""quoted"" title, with &#8211; and &amp;,red'  # and the quote never closes
+    rows[3] = rows[3].replace(".jpg", ".txt")
+    rows[4] = 'red_4.jpg,"[[""Wrapped""]]",red'
+    path.write_text("\r\n".join(rows) + "\r\n")
+    splits = data.load("food101", root)
+    samples = {s.id: s for name in ("train", "val") for s in splits[name].samples}
+    assert len(samples) == 40 and len(splits["val"]) == 4 and splits["train"].classes == ["green", "red"]
+    assert samples["red_2.jpg"].text == 'a "quoted" title, with – and &'
+    assert samples["green_3.jpg"].image.exists() and samples["red_4.jpg"].text == "Wrapped"
+    again = data.load("food101", root, seed=5)
+    assert [s.id for s in again["val"].samples] == [s.id for s in splits["val"].samples]
+    for content, hints in (("no commas here\n", ["train_titles.csv:1", "no image,title,class"]), ("", ["empty"])):
+        path.write_text(content)
+        refused(lambda: data.load("food101", root), *hints)
+    path.unlink()
+    refused(lambda: data.load("food101", root), "train_titles.csv", "Expected", "kaggle", "python train.py")
+    refused(lambda: data.load("food101", root / "x"), "x", "images/{train,test}", "python train.py")
 
 
-def test_missing_images_are_counted_and_limited():
-    with folder() as root:
-        make_food(root, train_count=400, test_count=202)
-        (root / "images/train/red/red_0.jpg").unlink()
-        (root / "images/test/red/red_0.jpg").unlink()
-        splits = data.load("food101", root)
-        assert len(splits["train"]) + len(splits["val"]) == 399 and len(splits["test"]) == 202
-        assert "1 images do not exist: left out" in splits["train"].notes[0] and "red_0.jpg" in splits["train"].notes[0]
-        _, image, _, target, damaged = splits["test"][0, 0]
-        assert tuple(image[:, 5, 5].tolist()) == data.GREY and "red_0.jpg" in damaged and target == 1
-        for i in (2, 4, 6):  # up to three of any number may be missing; more have to be 1 %
-            assert len(data.load("food101", root)["test"]) == 202
-            (root / f"images/test/red/red_{i}.jpg").unlink()
-        refused(lambda: data.load("food101", root), "4 of 202", "red_2.jpg")
+def test_missing_images_are_counted_and_limited(root):
+    make_food(root, train_count=400, test_count=202)
+    (root / "images/train/red/red_0.jpg").unlink()
+    (root / "images/test/red/red_0.jpg").unlink()
+    splits = data.load("food101", root)
+    assert len(splits["train"]) + len(splits["val"]) == 399 and len(splits["test"]) == 202
+    assert "1 images do not exist: left out" in splits["train"].notes[0] and "red_0.jpg" in splits["train"].notes[0]
+    _, image, _, target, damaged = splits["test"][0, 0]
+    assert tuple(image[:, 5, 5].tolist()) == data.GREY and "red_0.jpg" in damaged and target == 1
+    for i in (2, 4, 6):  # up to three of any number may be missing; more have to be 1 %
+        assert len(data.load("food101", root)["test"]) == 202
+        (root / f"images/test/red/red_{i}.jpg").unlink()
+    refused(lambda: data.load("food101", root), "4 of 202", "red_2.jpg")
+    make_food(root / "food", train_count=60)
+    (root / "food/images/train/red/red_0.jpg").unlink()
+    splits = data.load("food101", root / "food")
+    assert len(splits["train"]) + len(splits["val"]) == 59, "one missing image of sixty is no reason to refuse"
 
 
-def test_damaged_images_are_counted_and_limited():
-    with folder() as root:
-        make_food(root)
-        file = root / "images/test/red/red_0.jpg"
-        file.write_bytes(file.read_bytes()[:200])
-        pairs = data.load("food101", root)["test"]
-        assert "red_0.jpg" in pairs[0, 0][-1] and not pairs[0, 1][-1]
-        names = [str(sample.image) for sample in pairs.samples]
-        assert data.check_damaged(2 * names[:3], pairs.samples, "test") == sorted(names[:3]), "three in any case"
-        refused(lambda: data.check_damaged(names[:4], pairs.samples, "test"), "4 of 12", "of test", names[0])
-        Image.new("RGB", (8, 8)).save(file)
-        with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 10):  # a decompression bomb is not an OSError
-            assert "red_0.jpg" in pairs[0, 0][-1]
-        with mock.patch("data.resize", side_effect=MemoryError):
-            raises(MemoryError, lambda: pairs[0, 1])  # no damage
+def test_damaged_images_are_counted_and_limited(root):
+    argv = arguments(root, "--epochs", "2", "--out", f"{root}/run")
+    food = root / "food"
+    file = food / "images/test/red/red_0.jpg"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:200])
+    pairs = data.load("food101", food)["test"]
+    assert "red_0.jpg" in pairs[0, 0][-1] and not pairs[0, 1][-1]
+    names = [str(sample.image) for sample in pairs.samples]
+    assert data.check_damaged(2 * names[:3], pairs.samples, "test") == sorted(names[:3]), "three in any case"
+    refused(lambda: data.check_damaged(names[:4], pairs.samples, "test"), "4 of 12", "of test", names[0])
+    Image.new("RGB", (8, 8)).save(file)
+    with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 10):  # a decompression bomb is not an OSError
+        assert "red_0.jpg" in pairs[0, 0][-1]
+    with mock.patch("data.resize", side_effect=MemoryError):
+        refused(lambda: pairs[0, 1], kind=MemoryError)  # no damage
+    file.write_bytes(whole)
+
+    # those of validation are not counted towards training
+    files = {split: sorted((food / "images" / split).rglob("*.jpg")) for split in ("train", "test")}
+    for split, part in (("train", files["test"]), ("val", files["train"]), ("test", files["test"])):
+        rows = [json.dumps({"image": str(file), "text": "a thing", "label": file.parent.name}) for file in part]
+        (food / f"{split}.jsonl").write_text("\n".join(rows))
+    files["train"][0].write_bytes(b"damaged")
+    with mock.patch.object(data, "BAD_IN_ANY_CASE", 0):
+        with mock.patch.object(data, "MAX_BAD", 0.03):  # one of validation's 40, none of training's 12
+            train.main(argv)
+        assert read(root / "run/results.json")["damaged_images"] == 1
+        refused(lambda: train.main([*argv, "--out", f"{root}/b"]), "1 of 40", "of val", files["train"][0].name)
+
+    # those of training stop at the first step
+    for split in ("train", "val", "test"):
+        (food / f"{split}.jsonl").unlink()
+    for file in files["train"]:
+        file.write_bytes(b"damaged")
+    with mock.patch("train.evaluate", side_effect=AssertionError("after an epoch")):
+        refused(lambda: train.main([*argv, "--out", f"{root}/c"]), "6 of 36", "of train")
 
 
-def test_damaged_training_images_stop_at_the_first_step():
-    with folder() as root:
-        argv = arguments(root, "--out", f"{root}/run")
-        for file in (root / "food/images/train").rglob("*.jpg"):
-            file.write_bytes(b"damaged")
-        with mock.patch("train.evaluate", side_effect=AssertionError("after an epoch")):
-            refused(lambda: train.main(argv), "6 of 36", "of train")
+def test_every_kind_of_image_becomes_upright_rgb(root):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    base = Image.fromarray(noise).resize((48, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    deep = Image.fromarray(np.asarray(base.convert("L"), np.uint16) * 257)
+    kinds = {"rgb.png": base, "grey.png": base.convert("L"), "palette.png": base.convert("P"),
+             "alpha.png": base.convert("RGBA"), "cmyk.jpg": base.convert("CMYK"), "la.png": base.convert("LA"),
+             "deep.png": deep, "turned.png": base.transpose(Image.Transpose.ROTATE_90),
+             "clear.png": Image.new("RGBA", (40, 40), (255, 0, 0, 0)), "float.tiff": Image.new("F", (40, 40))}
+    for name, image in kinds.items():
+        image.save(root / name, **({"exif": exif} if name == "turned.png" else {}))
+    refused(lambda: data.decode(root / "float.tiff", 32), "floating", kind=ValueError)
+    *names, clear, _ = kinds
+    images = {name: data.decode(root / name, 32) for name in names}
+    for name, image in images.items():
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+        reference = images["grey.png" if name in ("grey.png", "la.png", "deep.png") else "rgb.png"]
+        assert (image.float() - reference.float()).abs().mean() < (40 if name == "palette.png" else 12), name
+    assert data.decode(root / clear, 32).min() == 255, "transparent is white"
+    form = root / "photo"
+    red = Image.new("RGB", (40, 40), "red")
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO"):
+        more = dict(save_all=True, append_images=[Image.new("RGB", (40, 40))]) if kind == "MPO" else {}
+        red.save(form, kind, **more)
+        assert data.decode(form, 32)[0].min() > 240, f"{kind}; of several pictures, the first"
 
 
-def test_damaged_validation_images_are_not_counted_towards_training():
-    with folder() as root:
-        food = root / "food"
-        argv = arguments(root, "--epochs", "2", "--out", f"{root}/run")
-        files = {split: sorted((food / "images" / split).rglob("*.jpg")) for split in ("train", "test")}
-        for split, part in (("train", files["test"]), ("val", files["train"]), ("test", files["test"])):
-            rows = [json.dumps({"image": str(file), "text": "a thing", "label": file.parent.name}) for file in part]
-            (food / f"{split}.jsonl").write_text("\n".join(rows))
-        files["train"][0].write_bytes(b"damaged")
-        with mock.patch.object(data, "BAD_IN_ANY_CASE", 0):
-            with mock.patch.object(data, "MAX_BAD", 0.03):  # one of validation's 40, none of training's 12
-                train.main(argv)
-            assert json.loads((root / "run/results.json").read_text())["damaged_images"] == 1
-            refused(lambda: train.main([*argv, "--out", f"{root}/b"]), "1 of 40", "of val", files["train"][0].name)
-
-
-def test_every_kind_of_image_becomes_upright_rgb():
-    with folder() as root:
-        rng = np.random.default_rng(0)
-        base = Image.fromarray(rng.integers(0, 255, (64, 48, 3), dtype=np.uint8)).resize((48, 64))
-        base.save(root / "rgb.png")
-        exif = Image.Exif()
-        exif[0x0112] = 6  # turned by 90 degrees
-        kinds = {"grey.png": base.convert("L"), "palette.png": base.convert("P"), "alpha.png": base.convert("RGBA"),
-                 "cmyk.jpg": base.convert("CMYK"), "la.png": base.convert("LA")}
-        for name, image in kinds.items():
-            image.save(root / name)
-        Image.fromarray((np.asarray(base.convert("L"), np.uint16) * 257)).save(root / "deep.png")
-        Image.new("F", (40, 40)).save(root / "float.tiff")
-        assert "floating" in raises(ValueError, lambda: data.decode(root / "float.tiff", 32))
-        base.transpose(Image.Transpose.ROTATE_90).save(root / "turned.png", exif=exif)
-        rgb, grey = data.decode(root / "rgb.png", 32), data.decode(root / "grey.png", 32)
-        for name in [*kinds, "deep.png", "turned.png"]:
-            image = data.decode(root / name, 32)
-            assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
-            reference = grey if name in ("grey.png", "la.png", "deep.png") else rgb
-            assert (image.float() - reference.float()).abs().mean() < (40 if name == "palette.png" else 12), name
-        clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
-        clear.save(root / "clear.png")
-        assert data.decode(root / "clear.png", 32).min() == 255, "transparent is white"
-
-
-def test_reduced_decoding_loses_nothing():
-    """A large JPEG decoded at a reduced scale gives what the full decoding gives, to a rounding of the resize."""
-    with folder() as root:
-        x, y = np.meshgrid(np.arange(640), np.arange(480))
-        image = np.stack([127 + 120 * np.sin(x / 40), 127 + 120 * np.sin(y / 30), (x + y) % 256 / 2], -1)
-        Image.fromarray(image.astype(np.uint8)).save(root / "large.jpg", quality=95)
-        # evaluation; and training with a crop that starts in the corner, as crops are whole pixels at either scale
-        corner = mock.Mock(uniform=lambda low, high: high if high == 1 and low > 0 else 0, random=lambda: 1)
-        for rng in (None, corner):
-            reduced = data.decode(root / "large.jpg", 112, rng).float()
-            with mock.patch("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *args: None):
-                full = data.decode(root / "large.jpg", 112, rng).float()
-            assert not torch.equal(reduced, full) and (reduced - full).abs().mean() < 1.0
-
-
-def test_resize_is_that_of_pillow():
+def test_decoding_and_resizing_lose_nothing(root):
+    """A large JPEG at a reduced scale gives what full decoding gives, to a rounding; and resizing is Pillow's."""
+    x, y = np.meshgrid(np.arange(640), np.arange(480))
+    image = np.stack([127 + 120 * np.sin(x / 40), 127 + 120 * np.sin(y / 30), (x + y) % 256 / 2], -1)
+    Image.fromarray(image.astype(np.uint8)).save(root / "large.jpg", quality=95)
+    # evaluation; and training with a crop that starts in the corner, as crops are whole pixels at either scale
+    corner = mock.Mock(uniform=lambda low, high: high if high == 1 and low > 0 else 0, random=lambda: 1)
+    for rng in (None, corner):
+        reduced = data.decode(root / "large.jpg", 112, rng).float()
+        with mock.patch("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *args: None):
+            full = data.decode(root / "large.jpg", 112, rng).float()
+        assert not torch.equal(reduced, full) and (reduced - full).abs().mean() < 1.0
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)).resize((480, 360))
     for size in (112, 224, 448):
         expected = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)
         assert (data.resize(np.array(image), size).int() - expected.int()).abs().max() <= 2
 
 
-def test_random_crops_leave_the_global_generator_alone():
-    with folder() as root:
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)).save(root / "a.png")
-        before = torch.random.get_rng_state()
-        one, two, other = (data.decode(root / "a.png", 32, np.random.default_rng(seed), True) for seed in (1, 1, 2))
-        assert torch.equal(one, two) and not torch.equal(one, other)
-        assert torch.equal(torch.random.get_rng_state(), before)
+def test_random_crops_leave_the_global_generator_alone(root):
+    image = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(image).save(root / "a.png")
+    before = torch.random.get_rng_state()
+    one, two, other = (data.decode(root / "a.png", 32, np.random.default_rng(seed), True) for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_batches_depend_on_neither_workers_nor_resume():
-    with folder() as root:
-        make_food(root)
-        make_bert(root / "bert")
-        splits = data.load("food101", root)
-        pairs = splits["train"]
-        tokenizer = data.load_tokenizer(load_bert(str(root / "bert")), 12)
-        loaders = {workers: data.loader(pairs, tokenizer, 32, workers) for workers in (0, 2)}
+def test_batches_depend_on_neither_workers_nor_resume(root):
+    make_food(root)
+    make_bert(root / "bert")
+    splits = data.load("food101", root)
+    pairs = splits["train"]
+    tokenizer = data.load_tokenizer(load_bert(str(root / "bert")), 12)
+    loaders = {workers: data.loader(pairs, tokenizer, 32, workers) for workers in (0, 2)}
 
-        def batches(workers: int, epoch: int, start: int = 0, **kwargs) -> list:
-            loaders[workers].batch_sampler[:] = data.plan(pairs, 12, 1, epoch, start, **kwargs)
-            return list(loaders[workers])
+    def batches(workers: int, epoch: int, start: int = 0, **kwargs) -> list:
+        loaders[workers].batch_sampler[:] = data.plan(pairs, 12, 1, epoch, start, **kwargs)
+        return list(loaders[workers])
 
-        one, two = batches(0, 3), batches(2, 3)
-        assert len(one) == 3 and same(one, two) and not same(one, batches(0, 4))
-        assert same(one[2:], batches(0, 3, start=2)) and same(one[1:], batches(2, 3, start=1)), "workers live on"
-        assert one[0]["texts"][:, 0].unique().tolist() == [2] and one[0]["texts"].shape[1] <= 12
-        ends = [row[row != 0][-1].item() for row in one[0]["texts"]]
-        assert set(ends) == {3}, "[SEP] survives truncation"
+    one, two = batches(0, 3), batches(2, 3)
+    assert len(one) == 3 and same(one, two) and not same(one, batches(0, 4))
+    assert same(one[2:], batches(0, 3, start=2)) and same(one[1:], batches(2, 3, start=1)), "workers live on"
+    assert one[0]["texts"][:, 0].unique().tolist() == [2] and one[0]["texts"].shape[1] <= 12
+    ends = [row[row != 0][-1].item() for row in one[0]["texts"]]
+    assert set(ends) == {3}, "[SEP] survives truncation"
 
-        dealt = [batches(0, 3, rank=r, world=2, accumulate=3) for r in (0, 1)]
-        assert [len(d) for d in dealt] == [9, 9] and all(len(b["index"]) == 2 for d in dealt for b in d)
-        first = sorted(i for d in dealt for b in d[:3] for i in b["index"].tolist())
-        assert first == sorted(one[0]["index"].tolist()), "a step has the same samples however it is dealt out"
-        seen = [i for r in (0, 1) for batch in data.plan(splits["test"], 8, rank=r, world=2) for _, i in batch]
-        assert sorted(seen) == list(range(12)), "evaluation sees every sample once"
-        refused(lambda: batches(0, 0, world=5), "--batch-size 12", "5")
-        refused(lambda: data.plan(pairs, 64), "--batch-size of 36 or less")
+    dealt = [batches(0, 3, rank=r, world=2, accumulate=3) for r in (0, 1)]
+    assert [len(d) for d in dealt] == [9, 9] and all(len(b["index"]) == 2 for d in dealt for b in d)
+    first = sorted(i for d in dealt for b in d[:3] for i in b["index"].tolist())
+    assert first == sorted(one[0]["index"].tolist()), "a step has the same samples however it is dealt out"
+    seen = [i for r in (0, 1) for batch in data.plan(splits["test"], 8, rank=r, world=2) for _, i in batch]
+    assert sorted(seen) == list(range(12)), "evaluation sees every sample once"
+    refused(lambda: batches(0, 0, world=5), "--batch-size 12", "5")
+    refused(lambda: data.plan(pairs, 64), "--batch-size of 36 or less")
 
 
 def test_texts_of_similar_length_share_a_batch():
@@ -941,76 +882,117 @@ def test_texts_of_similar_length_share_a_batch():
         assert sum(spread) / len(spread) <= (3 if split == "train" else 1), "random batches hold about 6.5 lengths"
 
 
-def test_train_size_is_seeded_and_stratified():
-    with folder() as root:
-        make_food(root)
+def test_train_size_is_seeded_and_stratified(root):
+    make_food(root)
 
-        def pick(size, seed):
-            return [s.id for s in data.load("food101", root, size, seed)["train"].samples]
+    def pick(size, seed):
+        return [s.id for s in data.load("food101", root, size, seed)["train"].samples]
 
-        for size, count in ((10, 10), (0.5, 18), (1, 1), (1.0, 1)):
-            chosen = pick(size, 0)
-            assert len(chosen) == count and abs(sum("red" in c for c in chosen) - count / 2) <= 1
-        assert pick(10, 0) == pick(10, 0) != pick(10, 1)
-        refused(lambda: pick(1000, 0), "--train-size 1000", "36")
-        refused(lambda: pick(math.nan, 0), "--train-size nan")
-
-
-def test_jsonl_errors_name_file_and_line():
-    with folder() as root:
-        good = '{"image": "a.png", "text": "x", "label": "b"}'
-        other = good.replace('"b"', '"c"')
-        Image.new("RGB", (8, 8)).save(root / "a.png")
-
-        def load(**files: str | bytes) -> dict:
-            for name in ("train", "val", "test"):
-                content = files.get(name, "\n".join([good, other] * 3))
-                (root / f"{name}.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
-            return data.load("jsonl", root)
-
-        assert len(load(train="\ufeff" + good + "\n\n" + other)["train"]) == 2, "a byte order mark and blank lines"
-        several = good.replace('"b"', '["b", "c"]')
-        splits = load(train=several, val=several, test=several)
-        assert splits["train"].multilabel and splits["train"].classes == ["b", "c"]
-        assert splits["train"][0, 0][3].tolist() == [1, 1]
-        for name, content, hint in (
-                ("train", good + "\n" + good.encode("utf-16").decode("latin-1"), "train.jsonl:2"),
-                ("train", good.encode() + b'\n{"text": "\xe9"}', "train.jsonl:2"), ("train", "[1]", "train.jsonl:1"),
-                ("train", good + "\n{", "train.jsonl:2"), ("train", good.replace('"x"', r'"\ud83d"'), "surrogates"),
-                ("train", good.replace('"b"', r'"\ud83d"'), "surrogates"),
-                ("train", good.replace("a.png", r"\ud83d.png"), "surrogates"),
-                ("train", good.replace("a.png", "a" * 999), "missing or cannot be read"),
-                ("train", good.replace('"b"', "1.5"), "must be strings"),
-                ("train", good.replace('"b"', "null"), "no label"),
-                ("val", '{"image": "a.png", "label": "b"}', "val.jsonl:1"),
-                ("test", "", "test split is empty"), ("test", good.replace('"b"', '"z"'), "'z'"),
-                ("val", several, "one of the 2 classes"), ("train", good + "\n" + several, "one of the")):
-            message = refused(lambda: load(**{name: content}), hint)
-            assert hint != "surrogates" or len(message) < 500
+    for size, count in ((10, 10), (0.5, 18), (1, 1), (1.0, 1)):
+        chosen = pick(size, 0)
+        assert len(chosen) == count and abs(sum("red" in c for c in chosen) - count / 2) <= 1
+    assert pick(10, 0) == pick(10, 0) != pick(10, 1)
+    refused(lambda: pick(1000, 0), "--train-size 1000", "36")
+    refused(lambda: pick(math.nan, 0), "--train-size nan")
 
 
-def test_layout_errors_name_the_file():
-    with folder() as root:
-        (root / "dataset").mkdir()
-        (root / "split.json").write_text('{"train": ["1"], "test": ["1"]}')
-        for film in ('{"plot": [], "genres": ["Drama"]}', '{"plot": "x", "genres": ["Drama"]}', "[1]", "{}"):
-            (root / "dataset/1.json").write_text(film)
-            refused(lambda: data.load("mmimdb", root), "1.json", "lists \"plot\" and \"genres\"")
-        (root / "dataset/1.json").write_text('{"plot": ["x"], "genres": ["Drama"]}')
-        Image.new("RGB", (8, 8)).save(root / "dataset/1.jpeg")
-        refused(lambda: data.load("mmimdb", root), "no list of ids for this split", "'dev'", "split.json")
-        (root / "dataset/classes.csv").write_text("header\nonly,two")
-        (root / "dataset/train.txt").touch()
-        refused(lambda: data.load("grocery", root), "classes.csv:2", "only,two", "expected")
-        (root / "flickr30k_images").mkdir()
-        (root / "snli_ve_train.jsonl").write_text('{"Flickr30K_ID": 1, "sentence2": 7, "gold_label": "neutral"}')
-        refused(lambda: data.load("snli_ve", root), "snli_ve_train.jsonl:1", "must be strings")
-        one = '{"image": "dataset/1.jpeg", "text": "x", "label": "%s"}'
-        for name in ("train", "test"):
-            (root / f"{name}.jsonl").write_text("\n".join(one % label for label in "aabb"))
-        assert [len(split) for split in data.load("jsonl", root).values()] == [3, 1, 4], "one of four is held out"
-        (root / "train.jsonl").write_text(one.replace('"%s"', '["a"]'))
-        refused(lambda: data.load("jsonl", root), "a single training sample")
+def write_rows(root: Path, **labels: list) -> Path:
+    """Write {train,val,test}.jsonl on the pictures of `make_food`, a row for each label; ... stands for none."""
+    root.mkdir(exist_ok=True)
+    for name in ("red", "green"):
+        Image.new("RGB", (40, 40), name).save(root / f"{name}.jpg")
+    for split, given in labels.items():
+        rows = [{"image": ("red.jpg", "green.jpg")[i % 2], "text": f"a photo of thing {i}"}
+                | ({} if label is ... else {"label": label}) for i, label in enumerate(given)]
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def test_jsonl_errors_name_file_and_line(root):
+    good = '{"image": "a.png", "text": "x", "label": "b"}'
+    other, several = good.replace('"b"', '"c"'), good.replace('"b"', '["b", "c"]')
+    Image.new("RGB", (8, 8)).save(root / "a.png")
+
+    def load(**files: str | bytes) -> dict:
+        for name in ("train", "val", "test"):
+            content = files.get(name, "\n".join([good, other] * 3))
+            (root / f"{name}.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
+        return data.load("jsonl", root)
+
+    assert len(load(train="\ufeff" + good + "\n\n" + other)["train"]) == 2, "a byte order mark and blank lines"
+    train_ = load(train=several, val=several, test=several)["train"]
+    assert train_.multilabel and train_.classes == ["b", "c"] and train_[0, 0][3].tolist() == [1, 1]
+    for name, content, hint in (
+            ("train", good + "\n" + good.encode("utf-16").decode("latin-1"), "train.jsonl:2"),
+            ("train", good.encode() + b'\n{"text": "\xe9"}', "train.jsonl:2"), ("train", "[1]", "train.jsonl:1"),
+            ("train", good + "\n{", "train.jsonl:2"), ("train", good.replace('"x"', r'"\ud83d"'), "surrogates"),
+            ("train", good.replace('"b"', r'"\ud83d"'), "surrogates"),
+            ("train", good.replace("a.png", r"\ud83d.png"), "surrogates"),
+            ("train", good.replace("a.png", "a" * 999), "missing or cannot be read"),
+            ("train", good.replace('"b"', "1.5"), "must be strings"),
+            ("train", good.replace('"b"', "null"), "no label"),
+            ("val", '{"image": "a.png", "label": "b"}', "val.jsonl:1"),
+            ("test", "", "test split is empty"), ("test", good.replace('"b"', '"z"'), "'z'"),
+            ("val", several, "one of the 2 classes"), ("train", good + "\n" + several, "one of the")):
+        message = refused(lambda: load(**{name: content}), hint)
+        assert hint != "surrogates" or len(message) < 500
+
+
+def test_classes_are_shown_and_have_to_be_several(root):
+    for label in ("a", []):
+        rows = write_rows(root, train=[label] * 8, val=[label], test=[label])
+        refused(lambda: data.load("jsonl", rows), "classes", "expected two or more")
+    write_rows(root, train=[["a"], []] * 4, val=[["a"]], test=[[]])
+    assert data.load("jsonl", root)["train"].classes == ["a"], "a question of yes or no"
+    write_rows(root, train=["a", "a ", "b", "c", "d", "e"] * 2, val=["a"], test=["a"])
+    argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(root), "--out", f"{root}/run")
+    assert "6 classes: 'a', 'a ', 'b', 'c', 'd', …" in output(lambda: stop_in_the_first_step(argv))
+
+
+def make_grocery(root: Path, numbers: tuple = (0, 1, 2)) -> Path:
+    """Write a small folder in the layout of the Grocery Store Dataset: two groups, three products."""
+    (root / "dataset").mkdir(parents=True, exist_ok=True)
+    rows = ["Class Name,Class ID,Coarse,ID,Image,Description"]
+    for name, group, number in zip(("Apple", "Pear", "Milk"), ("Fruit", "Fruit", "Dairy"), numbers):
+        (root / f"dataset/{name}.txt").write_text(f"This is {name}. It is good. It is cheap.")
+        rows.append(f"{name},{number},{group},0,/{name}.png,/{name}.txt")
+    (root / "dataset/classes.csv").write_text("\n".join(rows))
+    Image.new("RGB", (8, 8)).save(root / "dataset/a.png")
+    for split in ("train", "val", "test"):
+        (root / f"dataset/{split}.txt").write_text("a.png, 0, 0\na.png, 1, 0\na.png, 2, 1\n")
+    return root
+
+
+def test_layout_errors_name_the_file(root):
+    (root / "dataset").mkdir()
+    (root / "split.json").write_text('{"train": ["1"], "test": ["1"]}')
+    Image.new("RGB", (8, 8)).save(root / "dataset/1.jpeg")
+    keys = ("1.json", "lists \"plot\" and \"genres\"")
+    for film, *hints in (('{"plot": [], "genres": ["Drama"]}', *keys), ('{"plot": "x", "genres": ["Drama"]}', *keys),
+                         ("[1]", *keys), ("{}", *keys), ('{"plot": ["x"], "genres": ["Drama"]}', "split.json",
+                                                         "no list of ids for this split", "'dev'")):
+        (root / "dataset/1.json").write_text(film)
+        refused(lambda: data.load("mmimdb", root), *hints)
+    (root / "flickr30k_images").mkdir()
+    (root / "snli_ve_train.jsonl").write_text('{"Flickr30K_ID": 1, "sentence2": 7, "gold_label": "neutral"}')
+    refused(lambda: data.load("snli_ve", root), "snli_ve_train.jsonl:1", "must be strings")
+    one = '{"image": "dataset/1.jpeg", "text": "x", "label": "%s"}'
+    for name in ("train", "test"):
+        (root / f"{name}.jsonl").write_text("\n".join(one % label for label in "aabb"))
+    assert [len(split) for split in data.load("jsonl", root).values()] == [3, 1, 4], "one of four is held out"
+    (root / "train.jsonl").write_text(one.replace('"%s"', '["a"]'))
+    refused(lambda: data.load("jsonl", root), "a single training sample")
+
+    (root / "dataset/classes.csv").write_text("header\nonly,two")
+    (root / "dataset/train.txt").touch()
+    refused(lambda: data.load("grocery", root), "classes.csv:2", "only,two", "expected")
+    good = make_grocery(root / "good")
+    assert data.load("grocery", good)["train"].classes == ["Apple", "Pear", "Milk"]
+    for numbers in ((0, 1, -1), (0, 1, 1), (1, 0, 2), (1, 2, 3)):
+        refused(lambda: data.load("grocery", make_grocery(root / "bad", numbers)), "classes.csv:", "number")
+    for number in ("-1", "3", "x"):
+        (good / "dataset/train.txt").write_text(f"a.png, {number}, 0")
+        refused(lambda: data.load("grocery", good), "train.txt:1", "a.png")
 
 
 def test_shapes_need_both_modalities():
@@ -1034,9 +1016,9 @@ def test_shapes_need_both_modalities():
     assert not any((a.image == b.image).all() for a, b in zip(samples, data.Shapes(Path()).load_split("test")))
 
 
-def test_default_run_pretrains_its_encoders_once():
+def test_default_run_pretrains_its_encoders_once(root):
     # torch.set_num_threads would outlast this test, and another number of threads rounds differently
-    with folder() as root, mock.patch.dict(train.PRETRAIN, steps=3, text_steps=3), mock.patch("torch.set_num_threads"):
+    with mock.patch.dict(train.PRETRAIN, steps=3, text_steps=3), mock.patch("torch.set_num_threads"):
         with mock.patch.dict(data.Shapes.sizes, train=256, val=64, test=64):
             train.main(["--epochs", "1", "--out", f"{root}/a"])
             encoders = {file: file.read_bytes() for file in root.glob("shapes-encoders-*/**/*") if file.is_file()}
@@ -1045,10 +1027,10 @@ def test_default_run_pretrains_its_encoders_once():
                 train.main(["--epochs", "1", "--seed", "1", "--out", f"{root}/b"])
                 train.main(["--epochs", "1", "--image-size", "48", "--out", f"{root}/larger"])
             assert all(file.read_bytes() == content for file, content in encoders.items())
-        results = json.loads((root / "b/results.json").read_text())
+        results = read(root / "b/results.json")
         assert results["dataset"] == "shapes" and results["test"]["samples"] == 64
-        state = torch.load(root / "b/best.pt", weights_only=True)["trained"]
-        assert not any(name.startswith(("main.", "prior.")) for name in state["weights"]), "the encoders are frozen"
+        weights = read(root / "b/best.pt")["trained"]["weights"]
+        assert not any(name.startswith(("main.", "prior.")) for name in weights), "the encoders are frozen"
 
 
 def test_real_layouts():
@@ -1086,46 +1068,45 @@ def test_learning_rate_is_a_function_of_the_step():
     assert all(a > b for a, b in zip(rates[5:], rates[6:])) and 0 < rates[-1] < 0.01
 
 
-def test_run_writes_its_files_and_learns():
-    with folder() as root:
-        out = root / "run"
-        train.main(arguments(root, "--out", str(out), "--lr", "0.01", "--epochs", "4"))
-        results = json.loads((out / "results.json").read_text())
-        assert results["test"]["accuracy"] >= 0.9 and results["epochs"] == 4
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "caught while training only"
-        for key in ("dataset seed validation trainable_parameters total_parameters seconds images_per_second "
-                    "damaged_images").split():
-            assert key in results
-        config = json.loads((out / "config.json").read_text())
-        assert config["config"]["lr"] == 0.01 and torch.__version__.startswith(config["versions"]["torch"])
-        assert (out / "last.pt").stat().st_size < 8e6
-        header, *lines = (out / "predictions.csv").read_text().splitlines()
-        assert header == "id,image,text,label,prediction,probability" and len(lines) == 12
-        with Image.open(out / "routing.png") as picture:
-            assert picture.width > 200 and len(picture.getcolors(1 << 24)) > 50
-        assert not list(out.glob("*.tmp"))
+def test_run_writes_its_files_and_learns(root):
+    out = root / "run"
+    train.main(arguments(root, "--out", str(out), "--lr", "0.01", "--epochs", "4"))
+    results = json.loads((out / "results.json").read_text())
+    assert results["test"]["accuracy"] >= 0.9 and results["epochs"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "caught while training only"
+    for key in ("dataset seed validation trainable_parameters total_parameters seconds images_per_second "
+                "damaged_images").split():
+        assert key in results
+    config = json.loads((out / "config.json").read_text())
+    assert config["config"]["lr"] == 0.01 and torch.__version__.startswith(config["versions"]["torch"])
+    assert (out / "last.pt").stat().st_size < 8e6
+    header, *lines = (out / "predictions.csv").read_text().splitlines()
+    assert header == "id,image,text,label,prediction,probability" and len(lines) == 12
+    with Image.open(out / "routing.png") as picture:
+        assert picture.width > 200 and len(picture.getcolors(1 << 24)) > 50
+    assert not list(out.glob("*.tmp"))
 
-        # the same again is refused, never overwritten
-        before = (out / "best.pt").read_bytes()
-        argv = arguments(root, "--out", str(out), "--epochs", "4")
-        refused(lambda: train.main(argv), "nothing is written over", f"--resume {out}", "another --out")
-        refused(lambda: train.main(["--resume", str(out), "--lr", "0.5"]), "--lr 0.5 contradicts")
-        assert (out / "best.pt").read_bytes() == before
+    # the same again is refused, never overwritten
+    before = (out / "best.pt").read_bytes()
+    argv = arguments(root, "--out", str(out), "--epochs", "4")
+    refused(lambda: train.main(argv), "nothing is written over", f"--resume {out}", "another --out")
+    refused(lambda: train.main(["--resume", str(out), "--lr", "0.5"]), "--lr 0.5 contradicts")
+    assert (out / "best.pt").read_bytes() == before
 
-        # evaluation and prediction need the checkpoint and the backbones only
-        done = run(["--eval", "--checkpoint", f"{out}/best.pt"])
-        assert done.returncode == 0 and f'"accuracy": {results["test"]["accuracy"]}' in done.stdout, done.stderr
-        photo = shutil.copy(root / "food/images/test/red/red_0.jpg", root)
-        shutil.rmtree(root / "food")
-        done = run(["--predict", photo, "a photo", "--checkpoint", f"{out}/best.pt"])
-        assert done.returncode == 0 and re.search(r"^[01]\.\d+  red$", done.stdout, re.M), done.stderr
-        assert "busiest expert" in done.stdout
-        with mock.patch("train.MoPE.compile", side_effect=AssertionError("a single pair is not worth it")):
-            train.main(["--predict", photo, "a photo", "--checkpoint", f"{out}/best.pt", "--compile"])
-        refused(lambda: train.main(["--predict", __file__, "x", "--checkpoint", f"{out}/best.pt"]), "cannot")
+    # evaluation and prediction need the checkpoint and the backbones only
+    done = run(["--eval", "--checkpoint", f"{out}/best.pt"])
+    assert done.returncode == 0 and f'"accuracy": {results["test"]["accuracy"]}' in done.stdout, done.stderr
+    photo = shutil.copy(root / "food/images/test/red/red_0.jpg", root)
+    shutil.rmtree(root / "food")
+    done = run(["--predict", photo, "a photo", "--checkpoint", f"{out}/best.pt"])
+    assert done.returncode == 0 and re.search(r"^[01]\.\d+  red$", done.stdout, re.M), done.stderr
+    assert "busiest expert" in done.stdout
+    with mock.patch("train.MoPE.compile", side_effect=AssertionError("a single pair is not worth it")):
+        train.main(["--predict", photo, "a photo", "--checkpoint", f"{out}/best.pt", "--compile"])
+    refused(lambda: train.main(["--predict", __file__, "x", "--checkpoint", f"{out}/best.pt"]), "cannot")
 
 
-def test_interrupted_and_resumed_equals_uninterrupted():
+def test_interrupted_and_resumed_equals_uninterrupted(root):
     """SIGINT and SIGTERM come at once to a program and its workers: exit code 130, and the same end to the last bit."""
     hook = ("import mope, signal; n = []; old = mope.MoPE.forward\n"
             "def forward(*a):\n"
@@ -1133,41 +1114,38 @@ def test_interrupted_and_resumed_equals_uninterrupted():
             "    if len(n) == 9: [os.killpg(os.getpgrp(), s) for s in (signal.SIGINT, signal.SIGTERM)]\n"
             "    return old(*a)\n"
             "mope.MoPE.forward = forward")
-    with folder() as root:
-        argv = arguments(root)
-        train.main([*argv, "--out", f"{root}/whole"])
-        process = start([*argv, "--workers", "2", "--out", f"{root}/cut"], hook)
-        said, errors = process.communicate(timeout=120)
-        assert process.returncode == 130 and f"python train.py --resume {root}/cut" in said, errors
-        assert errors.count("once more to leave at once") == 2 and "Traceback" not in errors
-        at = torch.load(root / "cut/last.pt", weights_only=True)["progress"]
-        assert at["epoch"] == 1 and 0 < at["step"] < 6, "stopped inside the second epoch"
-        train.main(["--resume", f"{root}/cut", "--workers", "0"])
-        same_runs(root / "whole", root / "cut")
+    argv = arguments(root)
+    train.main([*argv, "--out", f"{root}/whole"])
+    process = start([*argv, "--workers", "2", "--out", f"{root}/cut"], hook)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and f"python train.py --resume {root}/cut" in said, errors
+    assert errors.count("once more to leave at once") == 2 and "Traceback" not in errors
+    at = torch.load(root / "cut/last.pt", weights_only=True)["progress"]
+    assert at["epoch"] == 1 and 0 < at["step"] < 6, "stopped inside the second epoch"
+    train.main(["--resume", f"{root}/cut", "--workers", "0"])
+    same_runs(root / "whole", root / "cut")
 
 
-def test_killed_run_resumes():
+def test_killed_run_resumes(root):
     """A real SIGKILL comes at an instant that nobody chose."""
-    with folder() as root:
-        argv = arguments(root)
-        train.main([*argv, "--out", f"{root}/whole"])
-        process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *argv, "--out", f"{root}/cut"],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (root / "cut/log.jsonl").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and not (root / "cut/results.json").exists()
-        train.main(["--resume", f"{root}/cut"])
-        same_runs(root / "whole", root / "cut")
+    argv = arguments(root)
+    train.main([*argv, "--out", f"{root}/whole"])
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *argv, "--out", f"{root}/cut"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (root / "cut/log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (root / "cut/results.json").exists()
+    train.main(["--resume", f"{root}/cut"])
+    same_runs(root / "whole", root / "cut")
 
 
-def test_resume_in_another_manner():
-    with folder() as root:
-        resume = ["--resume", f"{root}/run"]
-        stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
-        usage(lambda: train.main([*resume, "--accumulate", "0"]), "--accumulate: 0")
-        train.main([*resume, "--precision", "float16"])
-        assert json.loads((root / "run/config.json").read_text())["config"]["precision"] == "float16"
+def test_resume_in_another_manner(root):
+    resume = ["--resume", f"{root}/run"]
+    stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
+    assert "--accumulate: 0" in output(lambda: train.main([*resume, "--accumulate", "0"]))
+    train.main([*resume, "--precision", "float16"])
+    assert json.loads((root / "run/config.json").read_text())["config"]["precision"] == "float16"
 
 
 def test_signals_stop_in_order_and_the_same_again_at_once():
@@ -1187,86 +1165,80 @@ def test_signals_stop_in_order_and_the_same_again_at_once():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def test_non_finite_loss_stops_before_the_weights():
-    with folder() as root:
-        argv, out = arguments(root, "--out", f"{root}/run"), root / "run"
-        seen = []
-        original = train.task_loss
+def test_non_finite_loss_stops_before_the_weights(root):
+    argv, out = arguments(root, "--out", f"{root}/run"), root / "run"
+    seen = []
+    original = train.task_loss
 
-        def poisoned(logits, labels):
-            seen.append(1)
-            return original(logits, labels) * (math.nan if len(seen) == 3 else 1)
+    def poisoned(logits, labels):
+        seen.append(1)
+        return original(logits, labels) * (math.nan if len(seen) == 3 else 1)
 
-        models, build = [], train.build
+    models, build = [], train.build
 
-        def keep(*args):
-            models.append(build(*args))
-            return models[-1]
+    def keep(*args):
+        models.append(build(*args))
+        return models[-1]
 
-        with mock.patch("train.task_loss", poisoned), mock.patch("train.build", keep):
-            refused(lambda: train.main(argv), "epoch 1, step 3", "last.pt", "--lr")
-        assert all(p.isfinite().all() for p in models[0].parameters())
-        assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == 0
-        train.main(["--resume", str(out)])
-        assert (out / "results.json").exists()
-
-
-def test_failed_write_leaves_the_old_file():
-    with folder() as root:
-        train.write(root / "file", "old")
-        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
-            raises(OSError, lambda: train.write(root / "file", "new"))
-        assert (root / "file").read_text() == "old" and [f.name for f in root.iterdir()] == ["file"]
+    with mock.patch("train.task_loss", poisoned), mock.patch("train.build", keep):
+        refused(lambda: train.main(argv), "epoch 1, step 3", "last.pt", "--lr")
+    assert all(p.isfinite().all() for p in models[0].parameters())
+    assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == 0
+    train.main(["--resume", str(out)])
+    assert (out / "results.json").exists()
 
 
-def test_accumulation_gives_the_gradient_of_the_large_batch():
+def test_failed_write_leaves_the_old_file(root):
+    train.write(root / "file", "old")
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        raises(OSError, lambda: train.write(root / "file", "new"))
+    assert (root / "file").read_text() == "old" and [f.name for f in root.iterdir()] == ["file"]
+
+
+def test_accumulation_gives_the_gradient_of_the_large_batch(root):
     """It does so without router noise and importance loss, which belong to a micro-batch."""
-    with folder() as root:
-        ends = []
-        for parts in ("1", "3"):
-            train.main(arguments(root, "--out", f"{root}/{parts}", "--experts", "1", "--epochs", "1", "--accumulate",
-                                 parts))
-            ends.append(torch.load(root / parts / "last.pt", weights_only=True)["trained"]["weights"])
-        for name in ends[0]:
-            assert torch.allclose(ends[0][name], ends[1][name], atol=2e-5), name
+    ends = []
+    for parts in ("1", "3"):
+        train.main(arguments(root, "--out", f"{root}/{parts}", "--experts", "1", "--epochs", "1", "--accumulate",
+                             parts))
+        ends.append(torch.load(root / parts / "last.pt", weights_only=True)["trained"]["weights"])
+    for name in ends[0]:
+        assert torch.allclose(ends[0][name], ends[1][name], atol=2e-5), name
 
 
-def test_two_processes_equal_one():
+def test_two_processes_equal_one(root):
     """Under torchrun, with gloo, a run gives the same weights, and evaluates every sample once."""
-    with folder() as root:
-        argv = arguments(root, "--experts", "1", "--epochs", "1")
-        train.main([*argv, "--out", f"{root}/one"])
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                               str(HERE / "train.py"), *argv, "--out", f"{root}/two"], capture_output=True, text=True,
-                              timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        one, two = (torch.load(root / name / "last.pt", weights_only=True) for name in ("one", "two"))
-        for name, p in one["trained"]["weights"].items():
-            assert torch.allclose(p, two["trained"]["weights"][name], atol=2e-5), name
-        results = [json.loads((root / name / "results.json").read_text()) for name in ("one", "two")]
-        assert results[0]["test"]["samples"] == results[1]["test"]["samples"] == 12
-        assert results[0]["test"]["accuracy"] == results[1]["test"]["accuracy"]
+    argv = arguments(root, "--experts", "1", "--epochs", "1")
+    train.main([*argv, "--out", f"{root}/one"])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(HERE / "train.py"), *argv, "--out", f"{root}/two"], capture_output=True, text=True,
+                          timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(root / name / "last.pt", weights_only=True) for name in ("one", "two"))
+    for name, p in one["trained"]["weights"].items():
+        assert torch.allclose(p, two["trained"]["weights"][name], atol=2e-5), name
+    results = [json.loads((root / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0]["test"]["samples"] == results[1]["test"]["samples"] == 12
+    assert results[0]["test"]["accuracy"] == results[1]["test"]["accuracy"]
 
 
-def test_half_precisions_train():
+def test_half_precisions_train(root):
     """A CPU can take the path of a GPU: frozen matrices in half precision, autocast, the scaler of float16."""
-    with folder() as root:
-        for precision in ("float16", "bfloat16"):
-            if precision == "bfloat16":
-                need_bfloat16()
-            train.main(arguments(root, "--precision", precision, "--out", f"{root}/{precision}", "--lr", "0.01"))
-            results = json.loads((root / precision / "results.json").read_text())
-            assert results["precision"] == precision and results["test"]["accuracy"] >= 0.9
-            state = torch.load(root / precision / "last.pt", weights_only=True)
-            assert all(w.dtype == torch.float32 for w in state["trained"]["weights"].values())
-            assert bool(state["scaler"]) == (precision == "float16")
+    for precision in ("float16", "bfloat16"):
+        if precision == "bfloat16":
+            need_bfloat16()
+        train.main(arguments(root, "--precision", precision, "--out", f"{root}/{precision}", "--lr", "0.01"))
+        results = json.loads((root / precision / "results.json").read_text())
+        assert results["precision"] == precision and results["test"]["accuracy"] >= 0.9
+        state = torch.load(root / precision / "last.pt", weights_only=True)
+        assert all(w.dtype == torch.float32 for w in state["trained"]["weights"].values())
+        assert bool(state["scaler"]) == (precision == "float16")
 
 
-def test_text_as_main_modality():
-    with folder() as root:
-        train.main(arguments(root, "--main", "text", "--out", f"{root}/run", "--epochs", "1"))
-        state = torch.load(root / "run/last.pt", weights_only=True)
-        assert state["trained"]["weights"]["prompts.static"].shape == (2, 6, 32)  # BERT's layers and width
+def test_text_as_main_modality(root):
+    train.main(arguments(root, "--main", "text", "--out", f"{root}/run", "--epochs", "1"))
+    state = torch.load(root / "run/last.pt", weights_only=True)
+    assert state["trained"]["weights"]["prompts.static"].shape == (2, 6, 32)  # BERT's layers and width
 
 
 def test_compiled_model_meets_few_shapes():
@@ -1283,100 +1255,96 @@ def test_compiled_model_meets_few_shapes():
     assert 0 < compiled[0] == compiled[1] <= 2
 
 
-def test_methods_are_sizes():
-    with folder() as root:
-        def settings(*flags: str) -> dict:
-            return train.resolve(["--out", f"{root}/run", *flags])[1]
+def test_methods_are_sizes(root):
+    def settings(*flags: str) -> dict:
+        return train.resolve(["--out", f"{root}/run", *flags])[1]
 
-        mope_, vanilla = settings(), settings("--method", "vanilla")
-        assert (vanilla["static"], vanilla["experts"], vanilla["mapped"]) == (4 + 4 + 1, 0, False)
-        assert {k for k in mope_ if mope_[k] != vanilla[k]} == {"method", "static", "experts", "mapped"}
-        assert settings("--dataset", "food101", "--method", "vanilla")["static"] == 13
-        assert settings("--method", "vanilla", "--static", "26")["static"] == 26, "a flag overrides its part"
-        tuned = settings("--method", "finetune", "--lr", "0.5")
-        assert tuned["finetune"] and tuned["static"] == tuned["prior_prompts"] == 0 and tuned["lr"] == 0.5
-        assert settings("--method", "finetune")["lr"] < mope_["lr"]
-        for method, main in (("image-only", "vision"), ("text-only", "text")):
-            alone = settings("--method", method)
-            assert alone["main"] == main and alone["head"] == "main" and not alone["experts"] and not alone["mapped"]
-
-
-def test_every_method_trains():
-    with folder() as root:
-        for method in ("mapped", "late-concat", "finetune", "text-only"):
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                train.main(arguments(root, "--method", method, "--out", f"{root}/{method}", "--epochs", "1"))
-            assert f"results.json, predictions.csv are in {root}/{method}" in said.getvalue(), "without routing.png"
-            results = json.loads((root / method / "results.json").read_text())
-            everything = results["trainable_parameters"] == results["total_parameters"]
-            assert everything == (method == "finetune")
-        train.main(["--eval", "--checkpoint", f"{root}/finetune/best.pt"])
+    mope_, vanilla = settings(), settings("--method", "vanilla")
+    assert (vanilla["static"], vanilla["experts"], vanilla["mapped"]) == (4 + 4 + 1, 0, False)
+    assert {k for k in mope_ if mope_[k] != vanilla[k]} == {"method", "static", "experts", "mapped"}
+    assert settings("--dataset", "food101", "--method", "vanilla")["static"] == 13
+    assert settings("--method", "vanilla", "--static", "26")["static"] == 26, "a flag overrides its part"
+    tuned = settings("--method", "finetune", "--lr", "0.5")
+    assert tuned["finetune"] and tuned["static"] == tuned["prior_prompts"] == 0 and tuned["lr"] == 0.5
+    assert settings("--method", "finetune")["lr"] < mope_["lr"]
+    for method, main in (("image-only", "vision"), ("text-only", "text")):
+        alone = settings("--method", method)
+        assert alone["main"] == main and alone["head"] == "main" and not alone["experts"] and not alone["mapped"]
 
 
-def test_summarize_makes_a_table():
-    with folder() as root:
-        def finished(name: str, accuracy: float, **config) -> Path:
-            (root / name).mkdir()
-            defaults = vars(train.parse(["--dataset", "shapes", "--method", config.get("method", "mope")]))
-            config = {**{k: v for k, v in defaults.items() if k not in train.ACTIONS}, **config}
-            test = {"accuracy": accuracy, "experts_used": [2.0, 4.0], "experts_per_sample": [1.0, 2.0],
-                    "busiest_expert": [0.5, 0.3]}
-            (root / name / "config.json").write_text(json.dumps({"config": config}))
-            (root / name / "results.json").write_text(json.dumps(
-                dict(seed=config["seed"], test=test, trainable_parameters=1, total_parameters=8)))
-            return root / name
-
-        runs = [finished("a", 0.5, seed=0), finished("b", 0.7, seed=1), finished("c", 0.25, experts=2),
-                finished("d", 0.1, method="vanilla")]
-        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in train.summarize(runs).splitlines()]
-        assert table[0] == ["method", "experts", "trainable", "test accuracy", "experts used", "per sample", "busiest",
-                            "seeds"]
-        assert table[2] == ["mope", "6", "12.50%", "0.600 ± 0.141", "3.000 ± 0.000", "1.500 ± 0.000", "0.400 ± 0.000",
-                            "0, 1"]
-        assert table[3][:4] == ["mope", "2", "12.50%", "0.250"] and table[4][:2] == ["vanilla", "0"]
-        mixed = train.summarize([*runs[:1], finished("e", 0.9, seed=0, precision="bfloat16")])
-        assert "| bfloat16 |" in mixed and "±" not in mixed, "other precisions are no other seeds"
-        (root / "run.log").write_text("")
-        for wrong in ("none", "run.log"):
-            refused(lambda: train.summarize([root / wrong]), wrong, "finished run")
-        for name in ("config.json", "results.json"):  # of whatever content
-            good = (runs[0] / name).read_text()
-            for content in (b"", b"{", b"\xff", b"null", b"[]", b"{}", b'"x"', b'{"config": 1}', b'{"test": 1}'):
-                (runs[0] / name).write_bytes(content)
-                refused(lambda: train.summarize(runs), str(runs[0]))
-            (runs[0] / name).write_text(good)
+def test_every_method_trains(root):
+    for method in ("mapped", "late-concat", "finetune", "text-only"):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            train.main(arguments(root, "--method", method, "--out", f"{root}/{method}", "--epochs", "1"))
+        assert f"results.json, predictions.csv are in {root}/{method}" in said.getvalue(), "without routing.png"
+        results = json.loads((root / method / "results.json").read_text())
+        everything = results["trainable_parameters"] == results["total_parameters"]
+        assert everything == (method == "finetune")
+    train.main(["--eval", "--checkpoint", f"{root}/finetune/best.pt"])
 
 
-def test_benchmark_counts_and_times():
-    with folder() as root, mock.patch("train.PRODUCT", 64), contextlib.redirect_stdout(io.StringIO()) as said:
+def test_summarize_makes_a_table(root):
+    def finished(name: str, accuracy: float, **config) -> Path:
+        (root / name).mkdir()
+        defaults = vars(train.parse(["--dataset", "shapes", "--method", config.get("method", "mope")]))
+        config = {**{k: v for k, v in defaults.items() if k not in train.ACTIONS}, **config}
+        test = {"accuracy": accuracy, "experts_used": [2.0, 4.0], "experts_per_sample": [1.0, 2.0],
+                "busiest_expert": [0.5, 0.3]}
+        (root / name / "config.json").write_text(json.dumps({"config": config}))
+        (root / name / "results.json").write_text(json.dumps(
+            dict(seed=config["seed"], test=test, trainable_parameters=1, total_parameters=8)))
+        return root / name
+
+    runs = [finished("a", 0.5, seed=0), finished("b", 0.7, seed=1), finished("c", 0.25, experts=2),
+            finished("d", 0.1, method="vanilla")]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in train.summarize(runs).splitlines()]
+    assert table[0] == ["method", "experts", "trainable", "test accuracy", "experts used", "per sample", "busiest",
+                        "seeds"]
+    assert table[2] == ["mope", "6", "12.50%", "0.600 ± 0.141", "3.000 ± 0.000", "1.500 ± 0.000", "0.400 ± 0.000",
+                        "0, 1"]
+    assert table[3][:4] == ["mope", "2", "12.50%", "0.250"] and table[4][:2] == ["vanilla", "0"]
+    mixed = train.summarize([*runs[:1], finished("e", 0.9, seed=0, precision="bfloat16")])
+    assert "| bfloat16 |" in mixed and "±" not in mixed, "other precisions are no other seeds"
+    (root / "run.log").write_text("")
+    for wrong in ("none", "run.log"):
+        refused(lambda: train.summarize([root / wrong]), wrong, "finished run")
+    for name in ("config.json", "results.json"):  # of whatever content
+        good = (runs[0] / name).read_text()
+        for content in (b"", b"{", b"\xff", b"null", b"[]", b"{}", b'"x"', b'{"config": 1}', b'{"test": 1}'):
+            (runs[0] / name).write_bytes(content)
+            refused(lambda: train.summarize(runs), str(runs[0]))
+        (runs[0] / name).write_text(good)
+
+
+def test_benchmark_counts_and_times(root):
+    with mock.patch("train.PRODUCT", 64), contextlib.redirect_stdout(io.StringIO()) as said:
         train.main(["--benchmark", *arguments(root)])
     for line in (r"loader alone: [\d.]+ images/s", r"training step +[\d.]+ ms .* images/s +\d+% of the product",
                  r"evaluation +[\d.]+ ms +0\.[1-9] GFLOP ", r"batch 6, \d+ tokens of text, cpu"):
         assert re.search(line, said.getvalue()), f"{line} not in {said.getvalue()}"
 
 
-def test_command_line_errors_are_one_message():
-    with folder() as root:
-        argv = arguments(root)
-        if not torch.cuda.is_available():
-            refused(lambda: train.main([*argv, "--device", "cuda"]), "--device cuda", "--device auto")
-        with mock.patch("torch.cuda.is_available", return_value=True), mock.patch(
-                "torch.cuda.device_count", return_value=2), mock.patch.dict(os.environ, LOCAL_RANK="2"):
-            refused(lambda: train.pick_device("cuda"), "2 GPUs", "--nproc_per_node=2")
-        missing = [*argv, "--data-dir", f"{root}/nothing"]
-        with mock.patch("train.build", side_effect=AssertionError("data come first")):
-            refused(lambda: train.main(missing), "nothing", "Expected", "python train.py")
-        refused(lambda: train.main(["--eval"]), "--checkpoint")
-        refused(lambda: train.main(["--resume", str(root)]), "last.pt", "no such checkpoint")
-        usage(lambda: train.main([*argv, "--epochs", "0"]), "--epochs: 0: expected 1 or more")
-        usage(lambda: train.main([*argv, "--seed", str(2 ** 63)]), "--seed: 9")
-        refused(lambda: train.main([*argv, "--text-length", "100"]), "--text-length 100", "40")
-        refused(lambda: train.main(["--benchmark", "--vision", "vit_l_16"]), "name a --dataset")
-        refused(lambda: train.main(["--benchmark", "--resume", str(root)]), "give one of")
-        (root / "bad.pt").write_bytes(b"x")
-        refused(lambda: train.main(["--eval", "--checkpoint", str(root / "bad.pt")]), "bad.pt", "not a checkpoint")
-        done = run(missing)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+def test_command_line_errors_are_one_message(root):
+    argv = arguments(root)
+    if not torch.cuda.is_available():
+        refused(lambda: train.main([*argv, "--device", "cuda"]), "--device cuda", "--device auto")
+    with mock.patch("torch.cuda.is_available", return_value=True), mock.patch(
+            "torch.cuda.device_count", return_value=2), mock.patch.dict(os.environ, LOCAL_RANK="2"):
+        refused(lambda: train.pick_device("cuda"), "2 GPUs", "--nproc_per_node=2")
+    missing = [*argv, "--data-dir", f"{root}/nothing"]
+    with mock.patch("train.build", side_effect=AssertionError("data come first")):
+        refused(lambda: train.main(missing), "nothing", "Expected", "python train.py")
+    refused(lambda: train.main(["--eval"]), "--checkpoint")
+    refused(lambda: train.main(["--resume", str(root)]), "last.pt", "no such checkpoint")
+    assert "--epochs: 0: expected 1 or more" in output(lambda: train.main([*argv, "--epochs", "0"]))
+    assert "--seed: 9" in output(lambda: train.main([*argv, "--seed", str(2 ** 63)]))
+    refused(lambda: train.main([*argv, "--text-length", "100"]), "--text-length 100", "40")
+    refused(lambda: train.main(["--benchmark", "--vision", "vit_l_16"]), "name a --dataset")
+    refused(lambda: train.main(["--benchmark", "--resume", str(root)]), "give one of")
+    (root / "bad.pt").write_bytes(b"x")
+    refused(lambda: train.main(["--eval", "--checkpoint", str(root / "bad.pt")]), "bad.pt", "not a checkpoint")
+    done = run(missing)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_errors_of_the_machine_are_one_sentence():
@@ -1423,9 +1391,9 @@ def refuse():
 os.fork = refuse"""
 
 
-def test_every_failure_ends_the_program():
+def test_every_failure_ends_the_program(root):
     """It does so with two loader workers, and in each of two processes; the reason is told last."""
-    with folder() as root, socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:
         argv = arguments(root)
         port = str(server.getsockname()[1])
         server.close()
@@ -1470,178 +1438,151 @@ def within(seconds: float, call):
     return result[0][0]
 
 
-def make_grocery(root: Path, numbers: tuple = (0, 1, 2)) -> Path:
-    """Write a small folder in the layout of the Grocery Store Dataset: two groups, three products."""
-    (root / "dataset").mkdir(parents=True, exist_ok=True)
-    rows = ["Class Name,Class ID,Coarse,ID,Image,Description"]
-    for name, group, number in zip(("Apple", "Pear", "Milk"), ("Fruit", "Fruit", "Dairy"), numbers):
-        (root / f"dataset/{name}.txt").write_text(f"This is {name}. It is good. It is cheap.")
-        rows.append(f"{name},{number},{group},0,/{name}.png,/{name}.txt")
-    (root / "dataset/classes.csv").write_text("\n".join(rows))
-    Image.new("RGB", (8, 8)).save(root / "dataset/a.png")
-    for split in ("train", "val", "test"):
-        (root / f"dataset/{split}.txt").write_text("a.png, 0, 0\na.png, 1, 0\na.png, 2, 1\n")
-    return root
-
-
-def test_only_regular_files_are_opened():
+def test_only_regular_files_are_opened(root):
     """A named pipe would be read for ever, and a device grows without bound."""
-    with folder() as root:
-        arguments(root)
-        row = json.dumps({"image": "a.png", "text": "x", "label": "b"})
-        for name in ("train", "val", "test"):
-            (root / f"{name}.jsonl").write_text(row + "\n" + row.replace('"b"', '"c"'))
-        Image.new("RGB", (8, 8)).save(root / "a.png")
-        make_grocery(root / "grocery")
-        (root / "film/dataset").mkdir(parents=True)
-        (root / "film/split.json").write_text('{"train": ["1"], "dev": ["1"], "test": ["1"]}')
-        bert = load_bert(str(root / "bert"))
-        (root / "bert/tokenizer.json").touch()
-        cases = (("a.png", lambda: data.decode(root / "a.png", 32)), ("train.jsonl", lambda: data.load("jsonl", root)),
-                 ("food/texts/train_titles.csv", lambda: data.load("food101", root / "food")),
-                 ("film/dataset/1.json", lambda: data.load("mmimdb", root / "film")),
-                 ("film/split.json", lambda: data.load("mmimdb", root / "film")),
-                 ("grocery/dataset/Pear.txt", lambda: data.load("grocery", root / "grocery")),
-                 ("grocery/dataset/classes.csv", lambda: data.load("grocery", root / "grocery")),
-                 ("bert/tokenizer.json", lambda: data.load_tokenizer(bert, 16)),
-                 ("bert/vocab.txt", lambda: data.load_tokenizer(bert, 16)),
-                 ("bert/pytorch_model.bin", lambda: load_bert(str(root / "bert"))),
-                 ("bert/config.json", lambda: load_bert(str(root / "bert"))),
-                 ("vit.pth", lambda: load_vit(f"{root}/vit.pth")),
-                 ("best.pt", lambda: train.main(["--eval", "--checkpoint", f"{root}/best.pt"])),
-                 ("rows.jsonl", lambda: data.unlabelled([f"{root}/rows.jsonl"], ["b", "c"], False)))
-        for name, call in cases:
-            path = root / name
-            for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
-                path.unlink(missing_ok=True)
-                make(path)
-                refused(lambda: within(10, call), "not a regular file", path.name)
-            path.unlink()  # then tokenizer.json no longer hides vocab.txt
+    arguments(root)
+    row = json.dumps({"image": "a.png", "text": "x", "label": "b"})
+    for name in ("train", "val", "test"):
+        (root / f"{name}.jsonl").write_text(row + "\n" + row.replace('"b"', '"c"'))
+    Image.new("RGB", (8, 8)).save(root / "a.png")
+    make_grocery(root / "grocery")
+    (root / "film/dataset").mkdir(parents=True)
+    (root / "film/split.json").write_text('{"train": ["1"], "dev": ["1"], "test": ["1"]}')
+    bert = load_bert(str(root / "bert"))
+    (root / "bert/tokenizer.json").touch()
+    cases = (("a.png", lambda: data.decode(root / "a.png", 32)), ("train.jsonl", lambda: data.load("jsonl", root)),
+             ("food/texts/train_titles.csv", lambda: data.load("food101", root / "food")),
+             ("film/dataset/1.json", lambda: data.load("mmimdb", root / "film")),
+             ("film/split.json", lambda: data.load("mmimdb", root / "film")),
+             ("grocery/dataset/Pear.txt", lambda: data.load("grocery", root / "grocery")),
+             ("grocery/dataset/classes.csv", lambda: data.load("grocery", root / "grocery")),
+             ("bert/tokenizer.json", lambda: data.load_tokenizer(bert, 16)),
+             ("bert/vocab.txt", lambda: data.load_tokenizer(bert, 16)),
+             ("bert/pytorch_model.bin", lambda: load_bert(str(root / "bert"))),
+             ("bert/config.json", lambda: load_bert(str(root / "bert"))),
+             ("vit.pth", lambda: load_vit(f"{root}/vit.pth")),
+             ("best.pt", lambda: train.main(["--eval", "--checkpoint", f"{root}/best.pt"])),
+             ("rows.jsonl", lambda: data.unlabelled([f"{root}/rows.jsonl"], ["b", "c"], False)))
+    for name, call in cases:
+        path = root / name
+        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            path.unlink(missing_ok=True)
+            make(path)
+            refused(lambda: within(10, call), "not a regular file", path.name)
+        path.unlink()  # then tokenizer.json no longer hides vocab.txt
 
 
-def test_no_picture_starts_a_program():
+def test_no_picture_starts_a_program(root):
     """Pillow would hand an EPS, whatever its name, to the Ghostscript that it finds in PATH."""
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
-    with folder() as root:
-        (root / "photo.jpg").write_bytes(eps)
-        (root / "gs").write_text(f"#!/bin/sh\ntouch {root}/started\n")
-        (root / "gs").chmod(0o755)
-        with mock.patch.dict(os.environ, PATH=f"{root}:{os.environ['PATH']}"):
-            for gs in ("gs_binary", "gs_windows_binary"):
-                if hasattr(PIL.EpsImagePlugin, gs):
-                    setattr(PIL.EpsImagePlugin, gs, None)  # forget what it found before
-            raises(Exception, lambda: data.decode(root / "photo.jpg", 32))
-            assert not (root / "started").exists()
-            with contextlib.suppress(Exception), Image.open(root / "photo.jpg") as image:
-                image.load()
-            assert (root / "started").exists(), "this test would notice it"
-        for form in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
-            Image.new("RGB", (40, 40), "red").save(root / "photo", form)
-            assert data.decode(root / "photo", 32)[0].min() > 240, form
-        Image.new("RGB", (40, 40), "red").save(root / "photo", "MPO", save_all=True,
-                                               append_images=[Image.new("RGB", (40, 40))])
-        assert data.decode(root / "photo", 32)[0].min() > 240, "the first picture of several"
+    (root / "photo.jpg").write_bytes(eps)
+    (root / "gs").write_text(f"#!/bin/sh\ntouch {root}/started\n")
+    (root / "gs").chmod(0o755)
+    with mock.patch.dict(os.environ, PATH=f"{root}:{os.environ['PATH']}"):
+        for gs in ("gs_binary", "gs_windows_binary"):
+            if hasattr(PIL.EpsImagePlugin, gs):
+                setattr(PIL.EpsImagePlugin, gs, None)  # forget what it found before
+        refused(lambda: data.decode(root / "photo.jpg", 32), kind=Exception)
+        assert not (root / "started").exists()
+        with contextlib.suppress(Exception), Image.open(root / "photo.jpg") as image:
+            image.load()
+        assert (root / "started").exists(), "this test would notice it"
 
 
-def test_nothing_is_written_over():
-    with folder() as root:
-        for name in ("config.json", "results.json", "best.pt", "last.pt", "log.jsonl", "predictions.csv"):
-            out = root / name.replace(".", "-")
-            out.mkdir()
-            (out / name).write_text("somebody's")
-            refused(lambda: train.main(arguments(root, "--out", str(out))), name, "nothing is written over", "--out")
-            assert (out / name).read_text() == "somebody's" and not (out / "last.pt.tmp").exists()
-        here = set(os.listdir())
-        try:
-            train.main(arguments(root, "--out", ""))
-            raise AssertionError("an empty name is no folder")
-        except (InputError, SystemExit) as error:
-            assert getattr(error, "code", 2) == 2
-        assert set(os.listdir()) == here
+def test_nothing_is_written_over(root):
+    for name in ("config.json", "results.json", "best.pt", "last.pt", "log.jsonl", "predictions.csv"):
+        out = root / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_text("somebody's")
+        refused(lambda: train.main(arguments(root, "--out", str(out))), name, "nothing is written over", "--out")
+        assert (out / name).read_text() == "somebody's" and not (out / "last.pt.tmp").exists()
+    here = set(os.listdir())
+    try:
+        train.main(arguments(root, "--out", ""))
+        raise AssertionError("an empty name is no folder")
+    except (InputError, SystemExit) as error:
+        assert getattr(error, "code", 2) == 2
+    assert set(os.listdir()) == here
 
 
-def test_one_process_trains_in_a_folder():
+def test_one_process_trains_in_a_folder(root):
     """The second is refused; one that was killed leaves the folder free, even where a worker of it lives on."""
     holder = ("import os, time; main = os.getpid()\n"
               "def hold(*a):\n"
               "    if os.fork(): print('held', flush=True)\n"
               "    time.sleep(100)\n"
               "torch.nn.utils.clip_grad_norm_ = hold")
-    with folder() as root:
-        argv = arguments(root, "--out", f"{root}/run")
-        process = start(argv, holder)
-        try:
-            assert "held\n" in iter(process.stdout.readline, ""), process.stderr.read()
-            (root / "run/config.json").unlink()
-            (root / "run/log.jsonl").unlink()
-            (root / "run/last.pt").rename(root / "last.pt")
-            refused(lambda: train.main(argv), "another process", "--out")
-            process.kill()
-            process.wait()
-            (root / "last.pt").rename(root / "run/last.pt")
-            train.main(["--resume", f"{root}/run"])
-        finally:
-            kill_all(process)
+    argv = arguments(root, "--out", f"{root}/run")
+    process = start(argv, holder)
+    try:
+        assert "held\n" in iter(process.stdout.readline, ""), process.stderr.read()
+        (root / "run/config.json").unlink()
+        (root / "run/log.jsonl").unlink()
+        (root / "run/last.pt").rename(root / "last.pt")
+        refused(lambda: train.main(argv), "another process", "--out")
+        process.kill()
+        process.wait()
+        (root / "last.pt").rename(root / "run/last.pt")
+        train.main(["--resume", f"{root}/run"])
+    finally:
+        kill_all(process)
 
 
-def test_best_weights_of_another_run_are_refused():
-    with folder() as root:
-        for lr in ("0.01", "0.02"):
-            train.main(arguments(root, "--out", f"{root}/{lr}", "--lr", lr, "--epochs", "1"))
-        shutil.copy(root / "0.02/best.pt", root / "0.01/best.pt")
-        (root / "0.01/results.json").unlink()
-        refused(lambda: train.main(["--resume", f"{root}/0.01"]), "best.pt is of another run", "lr")
-        assert not (root / "0.01/results.json").exists()
+def test_best_weights_of_another_run_are_refused(root):
+    for lr in ("0.01", "0.02"):
+        train.main(arguments(root, "--out", f"{root}/{lr}", "--lr", lr, "--epochs", "1"))
+    shutil.copy(root / "0.02/best.pt", root / "0.01/best.pt")
+    (root / "0.01/results.json").unlink()
+    refused(lambda: train.main(["--resume", f"{root}/0.01"]), "best.pt is of another run", "lr")
+    assert not (root / "0.01/results.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Nothing is wrong in silence
 
 
-def test_numbers_that_are_not_finite_are_refused():
-    with folder() as root:
-        photo = f"{root}/food/images/test/red/red_0.jpg"
-        for experts in ("4", "0"):
-            out = root / experts
-            train.main(arguments(root, "--experts", experts, "--epochs", "1", "--out", str(out)))
-            state = torch.load(out / "best.pt", weights_only=True)
-            state["trained"]["weights"]["head.bias"][0] = math.nan
-            torch.save(state, out / "nan.pt")
-            (root / "rows.jsonl").write_text(json.dumps({"image": photo, "text": "a photo"}))
-            for action in (["--eval"], ["--predict", f"{root}/rows.jsonl"], ["--predict", photo, "a photo"]):
-                refused(lambda: train.main([*action, "--checkpoint", f"{out}/nan.pt"]), "not finite", "float32")
-            assert not (root / "predictions.csv").exists()
-        weights = torch.load(root / "vit.pth", weights_only=True)
-        weights["encoder.ln.bias"][3] = math.inf
-        torch.save(weights, root / "inf.pth")
-        refused(lambda: load_vit(f"{root}/inf.pth", 32), "inf.pth", "norm.bias", "not finite")
+def test_numbers_that_are_not_finite_are_refused(root):
+    photo = f"{root}/food/images/test/red/red_0.jpg"
+    for experts in ("4", "0"):
+        out = root / experts
+        train.main(arguments(root, "--experts", experts, "--epochs", "1", "--out", str(out)))
+        state = torch.load(out / "best.pt", weights_only=True)
+        state["trained"]["weights"]["head.bias"][0] = math.nan
+        torch.save(state, out / "nan.pt")
+        (root / "rows.jsonl").write_text(json.dumps({"image": photo, "text": "a photo"}))
+        for action in (["--eval"], ["--predict", f"{root}/rows.jsonl"], ["--predict", photo, "a photo"]):
+            refused(lambda: train.main([*action, "--checkpoint", f"{out}/nan.pt"]), "not finite", "float32")
+        assert not (root / "predictions.csv").exists()
+    weights = torch.load(root / "vit.pth", weights_only=True)
+    weights["encoder.ln.bias"][3] = math.inf
+    torch.save(weights, root / "inf.pth")
+    refused(lambda: load_vit(f"{root}/inf.pth", 32), "inf.pth", "norm.bias", "not finite")
 
 
-def test_tokenizer_and_encoder_belong_together():
-    with folder() as root:
-        make_bert(root)
-        bert = BERT(len(WORDS), 16, 1, 2, 16, 40)
-        bert.folder = root
+def test_tokenizer_and_encoder_belong_together(root):
+    make_bert(root)
+    bert = BERT(len(WORDS), 16, 1, 2, 16, 40)
+    bert.folder = root
 
-        def ids(text: str, **settings) -> list[int]:
-            (root / "tokenizer_config.json").write_text(json.dumps(settings))
-            return data.load_tokenizer(bert, 16).encode(text).ids
+    def ids(text: str, **settings) -> list[int]:
+        (root / "tokenizer_config.json").write_text(json.dumps(settings))
+        return data.load_tokenizer(bert, 16).encode(text).ids
 
-        assert ids("Réd") == [2, 8, 3] and ids("Réd", do_lower_case=False) == [2, 1, 3]
-        assert ids("réd", do_lower_case=False, strip_accents=True) == [2, 8, 3]
-        assert ids("réd", strip_accents=False) == [2, 1, 3]
-        assert ids("中文") == [2, 1, 1, 3] and ids("中文", tokenize_chinese_chars=False) == [2, 1, 3]
+    assert ids("Réd") == [2, 8, 3] and ids("Réd", do_lower_case=False) == [2, 1, 3]
+    assert ids("réd", do_lower_case=False, strip_accents=True) == [2, 8, 3]
+    assert ids("réd", strip_accents=False) == [2, 1, 3]
+    assert ids("中文") == [2, 1, 1, 3] and ids("中文", tokenize_chinese_chars=False) == [2, 1, 3]
 
-        for change, hint in (({"pad_id": 1}, "[PAD] is 0, not 1"), ({"folder": root / "none"}, "vocab.txt")):
-            with mock.patch.multiple(bert, **change):
-                refused(lambda: data.load_tokenizer(bert, 16), hint)
-        (root / "vocab.txt").write_text("\n".join([*WORDS, "surplus"]))
-        refused(lambda: data.load_tokenizer(bert, 16), f"ids go up to {len(WORDS)}", f"{len(WORDS)} embeddings")
-        (root / "vocab.txt").write_text("\n".join(WORDS).replace("[SEP]", "sep"))
-        refused(lambda: data.load_tokenizer(bert, 16), str(root), "BERT")
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
-        tokenizer.save(str(root / "tokenizer.json"))
-        refused(lambda: data.load_tokenizer(bert, 16), "does not belong", "[CLS] and [SEP]")
+    for change, hint in (({"pad_id": 1}, "[PAD] is 0, not 1"), ({"folder": root / "none"}, "vocab.txt")):
+        with mock.patch.multiple(bert, **change):
+            refused(lambda: data.load_tokenizer(bert, 16), hint)
+    (root / "vocab.txt").write_text("\n".join([*WORDS, "surplus"]))
+    refused(lambda: data.load_tokenizer(bert, 16), f"ids go up to {len(WORDS)}", f"{len(WORDS)} embeddings")
+    (root / "vocab.txt").write_text("\n".join(WORDS).replace("[SEP]", "sep"))
+    refused(lambda: data.load_tokenizer(bert, 16), str(root), "BERT")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+    tokenizer.save(str(root / "tokenizer.json"))
+    refused(lambda: data.load_tokenizer(bert, 16), "does not belong", "[CLS] and [SEP]")
 
 
 def make_timm(path: Path, **config) -> ViT:
@@ -1656,40 +1597,39 @@ def make_timm(path: Path, **config) -> ViT:
     return vit
 
 
-def test_plain_vits_of_timm_bring_their_own_statistics():
-    with folder() as root:
-        vit = make_timm(root / "timm")
-        calls = []
+def test_plain_vits_of_timm_bring_their_own_statistics(root):
+    vit = make_timm(root / "timm")
+    calls = []
 
-        def snapshot(repo, revision=None, allow_patterns=()):
-            calls.append(repo)
-            return str(root / "timm")
+    def snapshot(repo, revision=None, allow_patterns=()):
+        calls.append(repo)
+        return str(root / "timm")
 
-        with mock.patch("huggingface_hub.snapshot_download", snapshot):
-            for name in (str(root / "timm"), "timm/vit_base_patch16_224.augreg_in21k"):
-                loaded = load_vit(name, 32)
-                assert loaded.mean == loaded.std == (0.5,) * 3
-                with torch.no_grad():
-                    assert torch.equal(loaded(pixels()), vit(pixels()))
-        assert calls == ["timm/vit_base_patch16_224.augreg_in21k"]
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            assert load_vit(f"{root}/timm/model.safetensors", 32).mean == (0.485, 0.456, 0.406)
-        assert "pixels of mean (0.485, 0.456, 0.406) and std" in said.getvalue(), "a bare file: it says what it takes"
-        make_timm(root / "eight", model_args={"num_heads": 8})
-        assert load_vit(f"{root}/eight", 32).blocks[0].attn.heads == 8
+    with mock.patch("huggingface_hub.snapshot_download", snapshot):
+        for name in (str(root / "timm"), "timm/vit_base_patch16_224.augreg_in21k"):
+            loaded = load_vit(name, 32)
+            assert loaded.mean == loaded.std == (0.5,) * 3
+            with torch.no_grad():
+                assert torch.equal(loaded(pixels()), vit(pixels()))
+    assert calls == ["timm/vit_base_patch16_224.augreg_in21k"]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert load_vit(f"{root}/timm/model.safetensors", 32).mean == (0.485, 0.456, 0.406)
+    assert "pixels of mean (0.485, 0.456, 0.406) and std" in said.getvalue(), "a bare file: it says what it takes"
+    make_timm(root / "eight", model_args={"num_heads": 8})
+    assert load_vit(f"{root}/eight", 32).blocks[0].attn.heads == 8
 
-        weights = mope.read_weights(root / "timm/model.safetensors")
-        for name, change in (("registers", {"reg_token": torch.ones(1, 4, 64)}),
-                             ("no class token", {"cls_token": None}),
-                             ("normalised queries", {"blocks.0.attn.q_norm.weight": torch.ones(16)})):
-            changed = {k: v for k, v in {**weights, **change}.items() if v is not None}
-            torch.save(changed, root / "other.pth")
-            refused(lambda: load_vit(f"{root}/other.pth", 32), "other.pth")
-        (root / "timm/config.json").write_text("[1]")
-        refused(lambda: load_vit(f"{root}/timm", 32), "config.json")
+    weights = mope.read_weights(root / "timm/model.safetensors")
+    for name, change in (("registers", {"reg_token": torch.ones(1, 4, 64)}),
+                         ("no class token", {"cls_token": None}),
+                         ("normalised queries", {"blocks.0.attn.q_norm.weight": torch.ones(16)})):
+        changed = {k: v for k, v in {**weights, **change}.items() if v is not None}
+        torch.save(changed, root / "other.pth")
+        refused(lambda: load_vit(f"{root}/other.pth", 32), "other.pth")
+    (root / "timm/config.json").write_text("[1]")
+    refused(lambda: load_vit(f"{root}/timm", 32), "config.json")
 
 
-def test_resume_needs_the_data_and_encoders_as_they_were():
+def test_resume_needs_the_data_and_encoders_as_they_were(root):
     def edit(path: Path, change) -> None:
         path.write_text(change(path.read_text()))
 
@@ -1712,61 +1652,23 @@ def test_resume_needs_the_data_and_encoders_as_they_were():
         "test rows": lambda root: edit(root / "food/texts/test_titles.csv", lambda text: text[text.index("\n"):]),
         "vocabulary": lambda root: edit(root / "bert/vocab.txt", lambda t: t.replace("red\ngreen", "green\nred")),
         "heads": settings(num_attention_heads=4), "epsilon": settings(layer_norm_eps=1e-3)}
-    with folder() as root:
-        argv = ["--resume", f"{root}/run"]
-        stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
-        for what, change in changes.items():
-            other = root / what
-            for part in ("food", "bert"):
-                shutil.copytree(root / part, other / part)
-            change(other)
-            with mock.patch("train.loop", side_effect=AssertionError(f"{what}: not noticed")):
-                refused(lambda: train.main([*argv, "--data-dir", f"{other}/food", "--text", f"{other}/bert"]))
-        train.main(argv)
-
-
-def test_class_numbers_of_the_grocery_set_are_checked():
-    with folder() as root:
-        assert data.load("grocery", make_grocery(root / "good"))["train"].classes == ["Apple", "Pear", "Milk"]
-        for i, numbers in enumerate(((0, 1, -1), (0, 1, 1), (1, 0, 2), (1, 2, 3))):
-            refused(lambda: data.load("grocery", make_grocery(root / str(i), numbers)), "classes.csv:", "number")
-        for number in ("-1", "3", "x"):
-            (root / "good/dataset/train.txt").write_text(f"a.png, {number}, 0")
-            refused(lambda: data.load("grocery", root / "good"), "train.txt:1", "a.png")
-
-
-def write_rows(root: Path, **labels: list) -> Path:
-    """Write {train,val,test}.jsonl on the pictures of `make_food`, a row for each label; ... stands for none."""
-    root.mkdir(exist_ok=True)
-    if not (root / "red.jpg").exists():
-        for name in ("red", "green"):
-            Image.new("RGB", (40, 40), name).save(root / f"{name}.jpg")
-    for split, given in labels.items():
-        rows = [{"image": ("red.jpg", "green.jpg")[i % 2], "text": f"a photo of thing {i}"}
-                | ({} if label is ... else {"label": label}) for i, label in enumerate(given)]
-        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return root
-
-
-def test_classes_are_shown_and_have_to_be_several():
-    with folder() as root:
-        for name, label in (("one", "a"), ("none", [])):
-            rows = write_rows(root / name, train=[label] * 8, val=[label], test=[label])
-            refused(lambda: data.load("jsonl", rows), "classes", "expected two or more")
-        one = write_rows(root / "several", train=[["a"], []] * 4, val=[["a"]], test=[[]])
-        assert data.load("jsonl", one)["train"].classes == ["a"], "a question of yes or no"
-        blank = write_rows(root / "blank", train=["a", "a ", "b", "c", "d", "e"] * 2, val=["a"], test=["a"])
-        argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(blank), "--out", f"{root}/run")
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            stop_in_the_first_step(argv)
-        assert "6 classes: 'a', 'a ', 'b', 'c', 'd', …" in said.getvalue()
+    argv = ["--resume", f"{root}/run"]
+    stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
+    for what, change in changes.items():
+        other = root / what
+        for part in ("food", "bert"):
+            shutil.copytree(root / part, other / part)
+        change(other)
+        with mock.patch("train.loop", side_effect=AssertionError(f"{what}: not noticed")):
+            refused(lambda: train.main([*argv, "--data-dir", f"{other}/food", "--text", f"{other}/bert"]))
+    train.main(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # What is good is not refused
 
 
-def test_odd_metadata_do_no_harm():
+def test_odd_metadata_do_no_harm(root):
     def exif(*entries: tuple) -> bytes:
         packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
         return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
@@ -1776,157 +1678,137 @@ def test_odd_metadata_do_no_harm():
     chunks = {"long text": [(b"tEXt", b"Comment\0" + b"a" * 1_500_000)], "broken": [(b"eXIf", b"\xff" * 9)],
               "cut": [(b"eXIf", exif(turn)[:13])], "odd": [(b"eXIf", odd)],
               "long zipped text": [(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3_000_000))] * 3}
-    with folder() as root:
-        x, y = np.meshgrid(np.arange(64), np.arange(64))
-        base = Image.fromarray(np.stack([4 * x, 3 * y, x + y], -1).astype(np.uint8))
-        plain = data.decode(np.array(base), 64)
-        turned = {"odd", "doubled", "odd.jpg"}
-        base.save(root / "plain.png")
-        whole = (root / "plain.png").read_bytes()
-        for name, extra in chunks.items():  # behind the header, which ends at byte 33
-            packed = [struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-                      for kind, content in extra]
-            (root / name).write_bytes(whole[:33] + b"".join(packed) + whole[33:])
-        base.save(root / "doubled", "JPEG", quality=95, exif=b"Exif\0\0" * 2 + exif(turn))
-        base.save(root / "odd.jpg", "JPEG", quality=95, exif=b"Exif\0\0" + odd)
-        for name in (*chunks, "doubled", "odd.jpg"):
-            with mock.patch("data.resize", lambda pixels_, size: torch.from_numpy(pixels_).permute(2, 0, 1)):
-                image = data.decode(root / name, 64).float()
-            expected = plain.rot90(-1, (1, 2)) if name in turned else plain
-            expected = expected[:, 4:60, 4:60].float()
-            assert image.shape == expected.shape and (image - expected).abs().mean() < 4, name
-        (root / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 40)
-        samples = [data.Sample(str(i), root / "bad.png", "", "a") for i in range(9)]
-        damaged = data.Pairs(data.JsonLines(root), "test", samples, ["a", "b"], False, 0)[0, 0][-1]
-        assert re.fullmatch(r".*bad\.png: .{5,}", damaged), "the reason stands beside the name"
+    x, y = np.meshgrid(np.arange(64), np.arange(64))
+    base = Image.fromarray(np.stack([4 * x, 3 * y, x + y], -1).astype(np.uint8))
+    plain = data.decode(np.array(base), 64)
+    turned = {"odd", "doubled", "odd.jpg"}
+    base.save(root / "plain.png")
+    whole = (root / "plain.png").read_bytes()
+    for name, extra in chunks.items():  # behind the header, which ends at byte 33
+        packed = [struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+                  for kind, content in extra]
+        (root / name).write_bytes(whole[:33] + b"".join(packed) + whole[33:])
+    base.save(root / "doubled", "JPEG", quality=95, exif=b"Exif\0\0" * 2 + exif(turn))
+    base.save(root / "odd.jpg", "JPEG", quality=95, exif=b"Exif\0\0" + odd)
+    for name in (*chunks, "doubled", "odd.jpg"):
+        with mock.patch("data.resize", lambda pixels_, size: torch.from_numpy(pixels_).permute(2, 0, 1)):
+            image = data.decode(root / name, 64).float()
+        expected = plain.rot90(-1, (1, 2)) if name in turned else plain
+        expected = expected[:, 4:60, 4:60].float()
+        assert image.shape == expected.shape and (image - expected).abs().mean() < 4, name
+    (root / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 40)
+    samples = [data.Sample(str(i), root / "bad.png", "", "a") for i in range(9)]
+    damaged = data.Pairs(data.JsonLines(root), "test", samples, ["a", "b"], False, 0)[0, 0][-1]
+    assert re.fullmatch(r".*bad\.png: .{5,}", damaged), "the reason stands beside the name"
 
 
-def test_weights_in_wrappings_are_unwrapped():
+def test_weights_in_wrappings_are_unwrapped(root):
     """Heads of fine-tuned models are left out, entries and prefixes of training programs opened, old settings read."""
-    with folder() as root:
-        weights = make_bert(root / "bert")
-        ids = torch.tensor([[2, 5, 6, 8, 3]])
-        expected = load_bert(str(root / "bert"))(ids)
-        make_vit(root / "vit.pth")
-        vit_weights, seen = torch.load(root / "vit.pth", weights_only=True), load_vit(f"{root}/vit.pth", 32)(pixels())
+    weights = make_bert(root / "bert")
+    ids = torch.tensor([[2, 5, 6, 8, 3]])
+    expected = load_bert(str(root / "bert"))(ids)
+    make_vit(root / "vit.pth")
+    vit_weights, seen = torch.load(root / "vit.pth", weights_only=True), load_vit(f"{root}/vit.pth", 32)(pixels())
 
-        def prefixed(state: dict, prefix: str) -> dict:
-            return {prefix + name: tensor for name, tensor in state.items()}
+    def prefixed(state: dict, prefix: str) -> dict:
+        return {prefix + name: tensor for name, tensor in state.items()}
 
-        tops = {f"{name}.weight": torch.ones(2, 32) for name in ("classifier", "qa_outputs", "cls.seq_relationship",
-                                                                  "pooler.dense", "lm_head", "dropout")}
-        for state in (prefixed(weights, "bert.") | tops, prefixed(weights, "module.bert.") | prefixed(tops, "module."),
-                      prefixed(weights, "_orig_mod."), {"state_dict": prefixed(weights, "encoder.")},
-                      {"model": {"state_dict": prefixed(weights, "model.")}, "epoch": 3}):
-            torch.save(state, root / "bert/pytorch_model.bin")
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                assert torch.equal(load_bert(str(root / "bert"))(ids), expected)
-            assert "took" in said.getvalue()
-            assert ("classifier" in said.getvalue()) == any("classifier" in name for name in state), "it is named"
-        for entry, prefix in (("teacher", "backbone."), ("student", "module.vit.")):
-            torch.save({entry: prefixed(vit_weights, prefix)}, root / "vit.pth")
-            assert torch.equal(load_vit(f"{root}/vit.pth", 32)(pixels()), seen)
+    tops = {f"{name}.weight": torch.ones(2, 32) for name in ("classifier", "qa_outputs", "cls.seq_relationship",
+                                                              "pooler.dense", "lm_head", "dropout")}
+    for state in (prefixed(weights, "bert.") | tops, prefixed(weights, "module.bert.") | prefixed(tops, "module."),
+                  prefixed(weights, "_orig_mod."), {"state_dict": prefixed(weights, "encoder.")},
+                  {"model": {"state_dict": prefixed(weights, "model.")}, "epoch": 3}):
+        torch.save(state, root / "bert/pytorch_model.bin")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert torch.equal(load_bert(str(root / "bert"))(ids), expected)
+        assert "took" in said.getvalue()
+        assert ("classifier" in said.getvalue()) == any("classifier" in name for name in state), "it is named"
+    for entry, prefix in (("teacher", "backbone."), ("student", "module.vit.")):
+        torch.save({entry: prefixed(vit_weights, prefix)}, root / "vit.pth")
+        assert torch.equal(load_vit(f"{root}/vit.pth", 32)(pixels()), seen)
 
-        # buffers that nothing needs, of types that a model has no use for; and a config.json as older files have it
-        (root / "bert/pytorch_model.bin").unlink()
-        position_ids = {"embeddings.position_ids": torch.arange(40)[None]}
-        write_safetensors(root / "bert/model.safetensors", weights | position_ids)
-        content = (root / "bert/model.safetensors").read_bytes()
-        for unknown in (b'"I64"', b'"U16"', b'"F8_E4M3"'):
-            length = int.from_bytes(content[:8], "little")
-            header = content[8:8 + length].replace(b'"I64"', unknown)
-            (root / "bert/model.safetensors").write_bytes(
-                len(header).to_bytes(8, "little") + header + content[8 + length:])
-            assert torch.equal(load_bert(str(root / "bert"))(ids), expected), unknown
-        config = json.loads((root / "bert/config.json").read_text())
-        for key in ("model_type", "layer_norm_eps", "pad_token_id", "hidden_act"):
-            config.pop(key)
-        (root / "bert/config.json").write_text(json.dumps(config))
-        assert torch.equal(load_bert(str(root / "bert"))(ids), expected)
+    # buffers that nothing needs, of types that a model has no use for; and a config.json as older files have it
+    (root / "bert/pytorch_model.bin").unlink()
+    position_ids = {"embeddings.position_ids": torch.arange(40)[None]}
+    write_safetensors(root / "bert/model.safetensors", weights | position_ids)
+    content = (root / "bert/model.safetensors").read_bytes()
+    for unknown in (b'"I64"', b'"U16"', b'"F8_E4M3"'):
+        length = int.from_bytes(content[:8], "little")
+        header = content[8:8 + length].replace(b'"I64"', unknown)
+        (root / "bert/model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length:])
+        assert torch.equal(load_bert(str(root / "bert"))(ids), expected), unknown
+    config = json.loads((root / "bert/config.json").read_text())
+    for key in ("model_type", "layer_norm_eps", "pad_token_id", "hidden_act"):
+        config.pop(key)
+    (root / "bert/config.json").write_text(json.dumps(config))
+    assert torch.equal(load_bert(str(root / "bert"))(ids), expected)
 
 
-def test_weights_of_odd_kinds_are_told_in_a_sentence():
-    with folder() as root:
-        make_vit(root / "vit.pth")
-        good = torch.load(root / "vit.pth", weights_only=True)
-        quantised = torch.quantize_per_tensor(torch.ones(384), 0.1, 0, torch.qint8)
-        for change in ({"encoder.ln.bias": torch.ones(384).to_sparse()}, {"encoder.ln.bias": quantised},
-                       {"encoder.ln.bias": torch.tensor(1.0)}, {"encoder.ln.bias": torch.ones(384, dtype=torch.int8)},
-                       {7: torch.ones(1)}, {"conv_proj.weight": torch.tensor(1.0)}, {"encoder.ln.bias": None},
-                       {"encoder.ln.bias": torch.ones(384, dtype=torch.complex64)}, {"class_token": 3}):
-            torch.save({**good, **change}, root / "odd.pth")
-            assert "\n" not in refused(lambda: load_vit(f"{root}/odd.pth", 32), "odd.pth")
-
-
-def test_labels_can_be_numbers_or_lacking():
+def test_labels_can_be_numbers_or_lacking(root):
     """Whole numbers are names; test rows without a label get a prediction; names need not fit the terminal."""
-    with folder() as root:
-        rows = write_rows(root / "rows", train=[0, 1] * 20, val=[0, 1], test=[..., 1, None])
-        argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(rows), "--epochs", "1")
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            train.main([*argv, "--out", f"{root}/run"])
-        assert "2 classes: '0', '1'" in said.getvalue() and "on 1 labelled samples" in said.getvalue()
-        with (root / "run/predictions.csv").open(newline="") as file:
-            table = list(csv.DictReader(file))
-        assert [row["label"] for row in table] == ["", "1", ""] and {row["prediction"] for row in table} <= {"0", "1"}
-        assert table[0]["image"] == f"{rows}/red.jpg" and table[0]["text"] == "a photo of thing 0"
-        write_rows(root / "rows", test=[...])
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            train.main([*argv, "--out", f"{root}/unknown"])
-        assert "no score" in said.getvalue()
+    rows = write_rows(root / "rows", train=[0, 1] * 20, val=[0, 1], test=[..., 1, None])
+    argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(rows), "--epochs", "1")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main([*argv, "--out", f"{root}/run"])
+    assert "2 classes: '0', '1'" in said.getvalue() and "on 1 labelled samples" in said.getvalue()
+    with (root / "run/predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["label"] for row in table] == ["", "1", ""] and {row["prediction"] for row in table} <= {"0", "1"}
+    assert table[0]["image"] == f"{rows}/red.jpg" and table[0]["text"] == "a photo of thing 0"
+    write_rows(root / "rows", test=[...])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main([*argv, "--out", f"{root}/unknown"])
+    assert "no score" in said.getvalue()
 
-        write_rows(root / "rows", train=["grün", "rød"] * 20, val=["grün"], test=["rød", "grün"])
-        with mock.patch.dict(os.environ, HOME=str(root)):
-            done = start([*argv, "--data-dir", "~/rows", "--out", f"{root}/names"], PYTHONIOENCODING="ascii")
-            said, errors = done.communicate(timeout=120)
-        assert done.returncode == 0 and r"gr\xfcn" in said, errors
-        assert not (HERE / "~").exists() and (root / "names/results.json").exists()
-
-
-def test_file_systems_and_sizes_that_are_odd():
-    with folder() as root:
-        for number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            with mock.patch("os.fsync", side_effect=OSError(number, "cannot sync")):
-                train.write(root / "file", str(number))
-            assert (root / "file").read_text() == str(number)
-        make_food(root / "food", train_count=60)
-        (root / "food/images/train/red/red_0.jpg").unlink()
-        splits = data.load("food101", root / "food")
-        assert len(splits["train"]) + len(splits["val"]) == 59, "one missing image of sixty is no reason to refuse"
+    write_rows(root / "rows", train=["grün", "rød"] * 20, val=["grün"], test=["rød", "grün"])
+    with mock.patch.dict(os.environ, HOME=str(root)):
+        done = start([*argv, "--data-dir", "~/rows", "--out", f"{root}/names"], PYTHONIOENCODING="ascii")
+        said, errors = done.communicate(timeout=120)
+    assert done.returncode == 0 and r"gr\xfcn" in said, errors
+    assert not (HERE / "~").exists() and (root / "names/results.json").exists()
 
 
-def test_every_signal_of_a_cluster_saves():
-    with folder() as root:
-        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
-            kept = train.task_loss
+def test_file_systems_and_sizes_that_are_odd(root):
+    for number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        with mock.patch("os.fsync", side_effect=OSError(number, "cannot sync")):
+            train.write(root / "file", str(number))
+        assert (root / "file").read_text() == str(number)
+    make_food(root / "food", train_count=60)
+    (root / "food/images/train/red/red_0.jpg").unlink()
+    splits = data.load("food101", root / "food")
+    assert len(splits["train"]) + len(splits["val"]) == 59, "one missing image of sixty is no reason to refuse"
 
-            def loss(*args):
-                os.kill(os.getpid(), number)
-                return kept(*args)
 
-            out = root / number.name
-            with mock.patch("train.task_loss", loss):
-                raises(train.Stopped, lambda: train.main(arguments(root, "--out", str(out))))
-            assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == 1
+def test_every_signal_of_a_cluster_saves(root):
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+        kept = train.task_loss
+
+        def loss(*args):
+            os.kill(os.getpid(), number)
+            return kept(*args)
+
+        out = root / number.name
+        with mock.patch("train.task_loss", loss):
+            raises(train.Stopped, lambda: train.main(arguments(root, "--out", str(out))))
+        assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Sentences instead of tracebacks, and new rows
 
 
-def test_checkpoints_of_other_programs_are_told_in_a_sentence():
-    with folder() as root:
-        path = root / "run/last.pt"
-        stop_in_the_first_step(arguments(root, "--out", str(path.parent)))
-        good = torch.load(path, weights_only=True)
-        changed = (dict(config=1), dict(config={"lr": 1}), dict(config={**good["config"], "new": 1}),
-                   dict(trained=None), dict(trained={}), dict(progress=[]), dict(progress={"log": [], "new": 1}),
-                   dict(classes=None), dict(optimizer={}), dict(digests={}))
-        without = [{k: v for k, v in good.items() if k != name} for name in good if name != "versions"]
-        for content in (None, 3, [1], {}, {"model": {}}, *without, *({**good, **change} for change in changed)):
-            torch.save(content, path)
-            with mock.patch("train.loop", side_effect=AssertionError(f"accepted {str(content)[:200]}")):
-                assert "\n" not in refused(lambda: train.main(["--resume", f"{root}/run"]), "")
+def test_checkpoints_of_other_programs_are_told_in_a_sentence(root):
+    path = root / "run/last.pt"
+    stop_in_the_first_step(arguments(root, "--out", str(path.parent)))
+    good = torch.load(path, weights_only=True)
+    changed = (dict(config=1), dict(config={"lr": 1}), dict(config={**good["config"], "new": 1}),
+               dict(trained=None), dict(trained={}), dict(progress=[]), dict(progress={"log": [], "new": 1}),
+               dict(classes=None), dict(optimizer={}), dict(digests={}))
+    without = [{k: v for k, v in good.items() if k != name} for name in good if name != "versions"]
+    for content in (None, 3, [1], {}, {"model": {}}, *without, *({**good, **change} for change in changed)):
+        torch.save(content, path)
+        with mock.patch("train.loop", side_effect=AssertionError(f"accepted {str(content)[:200]}")):
+            assert "\n" not in refused(lambda: train.main(["--resume", f"{root}/run"]), "")
 
 
 def test_processes_that_would_not_talk_are_told():
@@ -1940,55 +1822,53 @@ def test_processes_that_would_not_talk_are_told():
         assert not torch.distributed.is_initialized(), "RANK alone makes no group"
 
 
-def test_new_rows_are_scored():
-    with folder() as root:
-        train.main(arguments(root, "--epochs", "1", "--out", f"{root}/run"))
-        checkpoint = ["--checkpoint", f"{root}/run/best.pt"]
-        shutil.copytree(root / "food/images/test", root / "new/pictures")
-        names = sorted(str(f.relative_to(root / "new")) for f in (root / "new").rglob("*.jpg"))
-        rows = [{"image": name, "text": f"a photo of a round thing, {i}"} for i, name in enumerate(names)]
-        (root / "new/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        train.main(["--predict", f"{root}/new/rows.jsonl", *checkpoint])
-        with (root / "new/predictions.csv").open(newline="") as file:
-            table = list(csv.DictReader(file))
-        assert [row["image"] for row in table] == [f"{root}/new/{name}" for name in names]
-        assert {row["label"] for row in table} == {""} and {row["prediction"] for row in table} <= {"red", "green"}
-        assert all(0.5 <= float(row["probability"]) <= 1 for row in table)
-        before = (root / "new/predictions.csv").read_bytes()
-        refused(lambda: train.main(["--predict", f"{root}/new/rows.jsonl", *checkpoint]), "predictions.csv", "move it")
-        assert (root / "new/predictions.csv").read_bytes() == before
+def test_new_rows_are_scored(root):
+    train.main(arguments(root, "--epochs", "1", "--out", f"{root}/run"))
+    checkpoint = ["--checkpoint", f"{root}/run/best.pt"]
+    shutil.copytree(root / "food/images/test", root / "new/pictures")
+    names = sorted(str(f.relative_to(root / "new")) for f in (root / "new").rglob("*.jpg"))
+    rows = [{"image": name, "text": f"a photo of a round thing, {i}"} for i, name in enumerate(names)]
+    (root / "new/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train.main(["--predict", f"{root}/new/rows.jsonl", *checkpoint])
+    with (root / "new/predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["image"] for row in table] == [f"{root}/new/{name}" for name in names]
+    assert {row["label"] for row in table} == {""} and {row["prediction"] for row in table} <= {"red", "green"}
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in table)
+    before = (root / "new/predictions.csv").read_bytes()
+    refused(lambda: train.main(["--predict", f"{root}/new/rows.jsonl", *checkpoint]), "predictions.csv", "move it")
+    assert (root / "new/predictions.csv").read_bytes() == before
 
-        (root / "new/odd.jsonl").write_text('{"image": "a.jpg"}')
-        for inputs, hint in ((["new/odd.jsonl"], "odd.jsonl:1"), (["new/none.jsonl"], "none.jsonl"),
-                             (["a", "b", "c"], "--predict takes"), ([names[0], "caf\udce9"], "surrogates")):
-            refused(lambda: train.main(["--predict", f"{root}/{inputs[0]}", *inputs[1:], *checkpoint]), hint)
+    (root / "new/odd.jsonl").write_text('{"image": "a.jpg"}')
+    for inputs, hint in ((["new/odd.jsonl"], "odd.jsonl:1"), (["new/none.jsonl"], "none.jsonl"),
+                         (["a", "b", "c"], "--predict takes"), ([names[0], "caf\udce9"], "surrogates")):
+        refused(lambda: train.main(["--predict", f"{root}/{inputs[0]}", *inputs[1:], *checkpoint]), hint)
 
-        # --eval reads the test split alone, and takes the classes from the checkpoint
-        shutil.rmtree(root / "food/images/train")
-        (root / "food/texts/train_titles.csv").unlink()
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            train.main(["--eval", *checkpoint])
-        assert '"samples": 12' in said.getvalue() and "train:" not in said.getvalue()
-        titles = root / "food/texts/test_titles.csv"
-        titles.write_text(titles.read_text().replace(",green", ",blue"))
-        (root / "food/images/test/green").rename(root / "food/images/test/blue")
-        refused(lambda: train.main(["--eval", *checkpoint]), "'blue'", "classes")
+    # --eval reads the test split alone, and takes the classes from the checkpoint
+    shutil.rmtree(root / "food/images/train")
+    (root / "food/texts/train_titles.csv").unlink()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main(["--eval", *checkpoint])
+    assert '"samples": 12' in said.getvalue() and "train:" not in said.getvalue()
+    titles = root / "food/texts/test_titles.csv"
+    titles.write_text(titles.read_text().replace(",green", ",blue"))
+    (root / "food/images/test/green").rename(root / "food/images/test/blue")
+    refused(lambda: train.main(["--eval", *checkpoint]), "'blue'", "classes")
 
 
-def test_several_labels_are_joined_so_that_they_can_be_parted():
-    with folder() as root:
-        labels = [["a|b", 'c"'], ["a|b"], ['c"'], []]
-        rows = write_rows(root / "rows", train=labels * 5, val=labels, test=labels[:2])
-        argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(rows))
-        train.main([*argv, "--epochs", "1", "--out", f"{root}/run"])
-        with (root / "run/predictions.csv").open(newline="") as file:
-            table = list(csv.DictReader(file))
-        assert list(table[0]) == ["id", "image", "text", "label", "prediction", "probability"]
-        assert [json.loads(row["label"]) for row in table] == labels[:2]
-        for row in table:
-            chosen, probability = json.loads(row["prediction"]), json.loads(row["probability"])
-            assert len(chosen) == len(probability) and set(chosen) <= {"a|b", 'c"'}
-            assert all(p > 0.5 for p in probability) and row["image"].endswith(".jpg")
+def test_several_labels_are_joined_so_that_they_can_be_parted(root):
+    labels = [["a|b", 'c"'], ["a|b"], ['c"'], []]
+    rows = write_rows(root / "rows", train=labels * 5, val=labels, test=labels[:2])
+    argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(rows))
+    train.main([*argv, "--epochs", "1", "--out", f"{root}/run"])
+    with (root / "run/predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["id", "image", "text", "label", "prediction", "probability"]
+    assert [json.loads(row["label"]) for row in table] == labels[:2]
+    for row in table:
+        chosen, probability = json.loads(row["prediction"]), json.loads(row["probability"])
+        assert len(chosen) == len(probability) and set(chosen) <= {"a|b", 'c"'}
+        assert all(p > 0.5 for p in probability) and row["image"].endswith(".jpg")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2026,18 +1906,6 @@ def test_forward_pass_on_tensors_that_only_claim_to_be_on_a_gpu():
                 assert t.dtype == torch.float32 and t.device.type == "cuda"
             loss = train.task_loss(logits, torch.zeros(4, dtype=torch.long)) + importance
             assert loss.dtype == torch.float32 and loss.device.type == "cuda" and loss.requires_grad
-
-
-def test_head_and_loss_are_exact_under_autocast():
-    need_bfloat16()
-    model = tiny().cast_frozen(torch.bfloat16).eval()
-    features = []
-    model.head.register_forward_hook(lambda module, inputs, output: features.append((inputs[0], output)))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = model(pixels(), words()).logits
-    [(feature, output)] = features
-    assert feature.dtype == output.dtype == torch.float32
-    assert torch.equal(logits, F.linear(feature, model.head.weight, model.head.bias))
 
 
 def test_only_pinned_memory_is_copied_without_waiting():
@@ -2082,34 +1950,32 @@ def test_workers_are_as_many_as_the_cores_of_a_process():
             assert train.parse([]).workers == 0, "the toy needs none"
 
 
-def test_workers_live_as_long_as_they_are_needed():
-    with folder() as root:
-        argv = arguments(root)
-        splits = data.load("food101", root / "food")
-        config = {k: v for k, v in vars(train.parse(argv)).items() if k not in train.ACTIONS} | {"workers": 2}
-        tokenizer = data.load_tokenizer(load_bert(f"{root}/bert"), 16)
-        run_ = train.Run(config, root, torch.device("cpu"), torch.float32, None, splits, tokenizer)
-        for split in ("train", "val", "test"):
-            loader = run_.batches(split, 0)
-            assert loader.persistent_workers == (split != "test") and run_.batches(split, 1) is loader
+def test_workers_live_as_long_as_they_are_needed(root):
+    argv = arguments(root)
+    splits = data.load("food101", root / "food")
+    config = {k: v for k, v in vars(train.parse(argv)).items() if k not in train.ACTIONS} | {"workers": 2}
+    tokenizer = data.load_tokenizer(load_bert(f"{root}/bert"), 16)
+    run_ = train.Run(config, root, torch.device("cpu"), torch.float32, None, splits, tokenizer)
+    for split in ("train", "val", "test"):
+        loader = run_.batches(split, 0)
+        assert loader.persistent_workers == (split != "test") and run_.batches(split, 1) is loader
 
 
-def test_ranks_get_the_checkpoint_from_the_first():
+def test_ranks_get_the_checkpoint_from_the_first(root):
     """They may have no access to its file; and each takes the card of its own number."""
-    with folder() as root:
-        stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
-        state = train.load_checkpoint(root / "run/last.pt")
-        with mock.patch.multiple(train, RANK=1, WORLD=2, gather=lambda items: items + [state]):
-            with mock.patch("train.load_checkpoint", side_effect=AssertionError("rank 1 has no such file")):
-                assert train.resolve(["--resume", "/elsewhere/run"])[1] == state["config"]
+    stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
+    state = train.load_checkpoint(root / "run/last.pt")
+    with mock.patch.multiple(train, RANK=1, WORLD=2, gather=lambda items: items + [state]):
+        with mock.patch("train.load_checkpoint", side_effect=AssertionError("rank 1 has no such file")):
+            assert train.resolve(["--resume", "/elsewhere/run"])[1] == state["config"]
     four = dict(is_available=lambda: True, device_count=lambda: 4, set_device=mock.Mock())
     with mock.patch.multiple(torch.cuda, **four), mock.patch.dict(os.environ, LOCAL_RANK="3"):
         assert train.pick_device("cuda") == torch.device("cuda", 3)
     four["set_device"].assert_called_once_with(torch.device("cuda", 3))
 
 
-def test_gradients_of_several_processes_share_their_memory():
-    with folder() as root, mock.patch("train.WORLD", 2), mock.patch("torch.distributed.new_group") as group:
+def test_gradients_of_several_processes_share_their_memory(root):
+    with mock.patch("train.WORLD", 2), mock.patch("torch.distributed.new_group") as group:
         for kind in ("cpu", "cuda"):
             run_ = train.Run({"lr": 1.0, "weight_decay": 0.0}, root, torch.device(kind), torch.float32, tiny())
             with mock.patch("train.DistributedDataParallel", side_effect=InputError("wrapped")) as wrapped:
@@ -2231,11 +2097,11 @@ def test_what_the_routing_tells_of_the_kinds():
     assert abs(told - 1) < 1e-6 and abs(most - 1) < 1e-6, "two experts tell one bit of two"
 
 
-def test_layout_of_ones_own_as_the_docstring_shows():
+def test_layout_of_ones_own_as_the_docstring_shows(root):
     [example] = re.findall(r"\n( +class Memes.*?)\n\n +Then name it", data.Layout.__doc__, re.S)
     space = {"Layout": data.Layout, "Sample": data.Sample}
     exec(textwrap.dedent(example), space)
-    with folder() as root, mock.patch.dict(data.DATASETS, memes=space["Memes"]):
+    with mock.patch.dict(data.DATASETS, memes=space["Memes"]):
         (root / "img").mkdir()
         Image.new("RGB", (8, 8)).save(root / "img/a.png")
         for split in ("train", "val", "test"):
@@ -2248,11 +2114,11 @@ def test_layout_of_ones_own_as_the_docstring_shows():
 # README
 
 
-def test_readme_snippets_run_as_typed():
+def test_readme_snippets_run_as_typed(root):
     """Run all Python in the README, top to bottom, with small encoders in place of the two that it names."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     space, original = {}, data.load_tokenizer
-    with folder() as root, working_in(root), contextlib.redirect_stdout(io.StringIO()) as said:
+    with working_in(root), contextlib.redirect_stdout(io.StringIO()) as said:
         train.main(arguments(root, "--image-size", "224", "--epochs", "1", "--out", "runs/food101"))
         for name in ("apple.jpg", "pears.jpg"):
             shutil.copy(root / "food/images/test/red/red_0.jpg", name)
@@ -2396,7 +2262,7 @@ def test_benchmark_memory():
     assert peak["--experts 64"] <= 1.05 * peak["--experts 1"]
 
 
-def test_benchmark_loader():
+def test_benchmark_loader(root):
     """One core is compared with decoding in full, resizing and cropping apart, and normalising floats on the CPU."""
     t, bicubic = torchvision.transforms, torchvision.transforms.InterpolationMode.BICUBIC
     floats = [t.ToTensor(), t.Normalize(ViT(8, 8, 8, 1, 1).mean, ViT(8, 8, 8, 1, 1).std)]
@@ -2407,17 +2273,16 @@ def test_benchmark_loader():
     image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with folder() as root:
-        for width in (500, 640, 960, 1280):
-            large = np.array(image.resize((width, width * 3 // 4))) + rng.normal(0, 6, (width * 3 // 4, width, 3))
-            Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(root / "a.jpg", quality=85)
-            for split, transform in usual.items():
-                drawn = np.random.default_rng(0) if split == "training" else None
-                s = medians({"ours": lambda: data.decode(root / "a.jpg", 224, drawn, flip=True),
-                             "usual": lambda: transform(Image.open(root / "a.jpg").convert("RGB"))}, repeats=50)
-                tell(f"{split}, {width} px wide: {1 / s['ours']:.0f} images/s a core, "
-                      f"{s['usual'] / s['ours']:.2f} times")
-                assert s["usual"] / s["ours"] >= 1.8
+    for width in (500, 640, 960, 1280):
+        large = np.array(image.resize((width, width * 3 // 4))) + rng.normal(0, 6, (width * 3 // 4, width, 3))
+        Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(root / "a.jpg", quality=85)
+        for split, transform in usual.items():
+            drawn = np.random.default_rng(0) if split == "training" else None
+            s = medians({"ours": lambda: data.decode(root / "a.jpg", 224, drawn, flip=True),
+                         "usual": lambda: transform(Image.open(root / "a.jpg").convert("RGB"))}, repeats=50)
+            tell(f"{split}, {width} px wide: {1 / s['ours']:.0f} images/s a core, "
+                  f"{s['usual'] / s['ours']:.2f} times")
+            assert s["usual"] / s["ours"] >= 1.8
     torch.set_num_threads(threads)
 
 
@@ -2428,8 +2293,8 @@ if __name__ == "__main__":
     for name, test in chosen:
         began, said = time.perf_counter(), io.StringIO()
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                test()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), folder() as path:
+                test(*[path] * test.__code__.co_argcount)
             passed += 1
             print(f"ok    {name}  ({time.perf_counter() - began:.1f} s)", flush=True)
         except unittest.SkipTest as reason:
