@@ -16,17 +16,18 @@ import argparse
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
-import itertools
+
 import json
 import math
 import multiprocessing
 import os
-import platform
+
 import re
 import signal
-import statistics
+
 import sys
 import tempfile
 import time
@@ -53,8 +54,7 @@ from mope import BERT, InputError, MoPE, ViT, count, experts_per_sample, experts
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
-# The defaults that depend on the data set; a flag overrides each of them. text_length counts word pieces, [CLS] and
-# [SEP] included; encoders of None are those of the toy, made here.
+# A flag overrides each of these. text_length counts word pieces with [CLS] and [SEP]; the toy's own encoders are None.
 DEFAULTS = {
     "shapes":     dict(epochs=4, batch_size=64, lr=1e-2, text_length=16, vision=None, text=None, image_size=32,
                        static=4, experts=6, dynamic=4, mapper=64, prior_prompts=0, workers=0),
@@ -85,11 +85,8 @@ METHODS = {
 
 @dataclass
 class Progress:
-    """Everything that training changes beside weights, optimizer and scaler.
-
-    No state of random generators is kept: the order of the data and the router's noise are computed from the seed, the
-    epoch or step, and the sample or process.
-    """
+    """Everything that training changes beside weights, optimizer and scaler. No state of random generators is kept:
+    the order of the data and the router's noise follow from the seed, the epoch or step, and the sample or process."""
 
     epoch: int = 0
     step: int = 0  # of this epoch
@@ -122,15 +119,14 @@ class Run:
         c, pairs = self.config, self.splits[split]
         if split not in self.loaders:
             self.loaders[split] = data.loader(pairs, self.tokenizer, c["image_size"], c["workers"], self.device.type)
-        plan = data.plan(pairs, c["batch_size"], c["seed"], epoch, start, RANK, WORLD, c["accumulate"])
-        self.loaders[split].batch_sampler[:] = plan  # a list that the loader reads at the start of each epoch
+        self.loaders[split].batch_sampler[:] = data.plan(  # a list that the loader reads at the start of each epoch
+            pairs, c["batch_size"], c["seed"], epoch, start, RANK, WORLD, c["accumulate"])
         return self.loaders[split]
 
     def forward(self, batch: dict, network: torch.nn.Module | None = None) -> tuple:
         """Return logits, routing, importance loss and the labels on the device, for a batch of a loader."""
-        no_wait = self.device.type == "cuda"  # from pinned memory; an Apple GPU might copy after the memory is freed
-        images, texts, labels = (
-            batch[key].to(self.device, non_blocking=no_wait) for key in ("images", "texts", "labels"))
+        keys, pinned = ("images", "texts", "labels"), self.device.type == "cuda"  # an Apple GPU might copy freed memory
+        images, texts, labels = (batch[key].to(self.device, non_blocking=pinned) for key in keys)
         if self.config["compile"]:  # one graph for all lengths of texts, and for the last batch of an evaluation
             torch._dynamo.maybe_mark_dynamic(texts, 1)
             if not self.model.training:
@@ -265,13 +261,12 @@ def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float,
 
 
 def epoch_line(run: Run, metric: str) -> str:
-    at, c, line = run.progress, run.config, run.progress.log[-1]
-    scores, images = line["validation"], at.epoch * run.splits["train"].steps(c["batch_size"]) * c["batch_size"]
-    routing = [f"{what} {min(scores[key]):.1f}-{max(scores[key]):.1f}" for key, what in
-               (("experts_used", "experts used"), ("experts_per_sample", "by each sample")) if key in scores]
-    return "  ".join([f"epoch {at.epoch}/{c['epochs']}", f"train loss {line['train_loss']:.4f}", f"validation {metric} "
-                      f"{scores[metric]:.4f}", f"loss {scores['loss']:.4f}", *routing,
-                     f"{images / at.seconds:.1f} images/s"])
+    at, batch_size, scores = run.progress, run.config["batch_size"], run.progress.log[-1]["validation"]
+    routing = "".join(f"  {what} {min(scores[key]):.1f}-{max(scores[key]):.1f}" for key, what in
+                      (("experts_used", "experts used"), ("experts_per_sample", "by each sample")) if key in scores)
+    speed = at.epoch * run.splits["train"].steps(batch_size) * batch_size / at.seconds
+    return (f"epoch {at.epoch}/{run.config['epochs']}  train loss {at.log[-1]['train_loss']:.4f}  validation {metric} "
+            f"{scores[metric]:.4f}  loss {scores['loss']:.4f}{routing}  {speed:.1f} images/s")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -300,9 +295,8 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
     order = index.argsort()
     logits, labels, routing = logits[order], labels[order], routing[order]
     if not logits.isfinite().all():
-        raise InputError(f"{(~logits.isfinite()).any(-1).sum()} of {len(logits)} samples of {split} get logits that are "
-                         "not finite: the weights diverged (start anew with a lower --lr), or the precision is too low "
-                         "(try --precision float32)")
+        raise InputError(f"{(~logits.isfinite()).any(-1).sum()} of {len(logits)} samples of {split} get logits that "
+                         "are not finite: start anew with a lower --lr, or try --precision float32")
     result = metrics(logits, labels, pairs.classes)
     if routing.numel():
         for name, values in (("experts_used", experts_used(routing)), ("busiest_expert", routing.mean(0).amax(-1)),
@@ -322,21 +316,20 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
     """
     known = (labels >= 0).view(len(labels), -1).all(-1)
     logits, labels = logits[known], labels[known]
-    result = {"samples": len(labels)}
     if not len(labels):
-        return result
-    result["loss"] = task_loss(logits, labels).item()
+        return {"samples": 0}
     if labels.is_floating_point():
         chosen, true = logits > 0, labels > 0
         hit, wrong = (chosen & true).sum(0), (chosen ^ true).sum(0)
         by_class = 2 * hit / (2 * hit + wrong).clamp(min=1)  # 2 TP / (2 TP + FP + FN), 0 where that is 0 / 0
         micro = 2 * hit.sum() / (2 * hit + wrong).sum().clamp(min=1)
-        result.update(f1_micro=micro.item(), f1_macro=by_class.mean().item())
+        scores = dict(f1_micro=micro.item(), f1_macro=by_class.mean().item())
     else:
         right = logits.argmax(-1) == labels
-        result.update(accuracy=right.float().mean().item())
+        scores = dict(accuracy=right.float().mean().item())
         by_class = torch.stack([right[labels == c].float().mean() for c in range(len(classes))])  # nan: no such sample
-    return {**result, "by_class": {name: round(v, 4) for name, v in zip(classes, by_class.tolist()) if v == v}}
+    return {"samples": len(labels), "loss": task_loss(logits, labels).item(), **scores,
+            "by_class": {name: round(v, 4) for name, v in zip(classes, by_class.tolist()) if v == v}}
 
 
 def interval(pairs: data.Pairs, rows: dict) -> list[float]:
@@ -352,19 +345,18 @@ def interval(pairs: data.Pairs, rows: dict) -> list[float]:
 
 def finish(run: Run) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png."""
-    config, at = run.config, run.progress
+    config, at, pairs = run.config, run.progress, run.splits["test"]
     [best] = gather([load_checkpoint(run.out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
-    for key in config.keys() - MAY_CHANGE:
-        if best["config"].get(key) != config[key]:
-            raise InputError(f"{run.out}/best.pt is of another run: its {key} is {best['config'].get(key)}, here it is "
-                             f"{config[key]}")
+    differ = [key for key in config.keys() - MAY_CHANGE if best["config"].get(key) != config[key]]
+    if differ:
+        raise InputError(f"{run.out}/best.pt is of another run, with another {', '.join(sorted(differ))}")
     run.model.load_trained_state(best["trained"])
     test, rows = evaluate(run, "test")
     if RANK > 0:
         return
     if "accuracy" in test:
-        test["accuracy_95"] = interval(run.splits["test"], rows)
-    pairs, chosen = run.splits["test"], best["progress"]["log"][-1]
+        test["accuracy_95"] = interval(pairs, rows)
+    chosen = best["progress"]["log"][-1]
     total, trained = count(run.model)
     images = run.splits["train"].steps(config["batch_size"]) * config["batch_size"] * config["epochs"]
     damaged = {*at.damaged["train"], *at.damaged["val"], *rows["damaged"]}
@@ -376,49 +368,45 @@ def finish(run: Run) -> None:
         precision=config["precision"])
 
     write(run.out / "predictions.csv", predictions(pairs, rows))
-    written = ["results.json", "predictions.csv"]
-    if rows["routing"].numel():
+    routed = rows["routing"].numel() > 0
+    if routed:
         write(run.out / "routing.png", data.plot_routing(pairs, rows["routing"]))
-        written.append("routing.png")
     write(run.out / "results.json", json.dumps(results, indent=1))  # last: with it, the run is finished
-    say_mistakes(test.get("by_class", {}), pairs, rows)
+    if "by_class" in test:
+        say_mistakes(test["by_class"], pairs, rows)
     if damaged:
         say(f"{len(damaged)} images could not be read: grey ones stood for them")
     scores = "  ".join(f"{name} {test[name]:.4f}" for name in SCORES if name in test) or "no score"
     say(f"test, with the weights of epoch {results['best_epoch']}: {scores} on {test['samples']:,} labelled samples; "
-        f"{', '.join(written)} are in {run.out}")
+        f"results.json, predictions.csv{', routing.png' if routed else ''} are in {run.out}")
 
 
 def predictions(pairs: data.Pairs, rows: dict) -> str:
     """Return predictions.csv: a line a sample. Where a sample can have several labels, they are a JSON list."""
-    several = pairs.multilabel
-    file = io.StringIO()
+    file, classes = io.StringIO(), np.array(pairs.classes, object)
     table = csv.writer(file)
     table.writerow(["id", "image", "text", "label", "prediction", "probability"])
-    probabilities = rows["logits"].sigmoid() if several else rows["logits"].softmax(-1)
-    for i, (p, label) in enumerate(zip(probabilities, rows["labels"])):
-        sample = pairs.sample(i)
-        image = sample.image if isinstance(sample.image, Path) else ""
-        chosen = (p > 0.5).nonzero().flatten().tolist() if several else [int(p.argmax())]
-        true = (label > 0).nonzero().flatten().tolist() if several else [int(label)]
-        columns = [[pairs.classes[c] for c in true], [pairs.classes[c] for c in chosen],
-                   [round(float(p[c]), 4) for c in chosen]]
-        columns = [json.dumps(c, ensure_ascii=False) for c in columns] if several else [c[0] for c in columns]
-        columns[0] = "" if (label < 0).any() else columns[0]
-        table.writerow([sample.id, image, sample.text, *columns])
+    probabilities = rows["logits"].sigmoid() if pairs.multilabel else rows["logits"].softmax(-1)
+    for i, (p, label) in enumerate(zip(probabilities.double().numpy(), rows["labels"].numpy())):
+        name, image, text, true = pairs.sample(i)
+        chosen, probability = classes[p.argmax()], p.max().round(4)
+        if pairs.multilabel:
+            columns = classes[label > 0], classes[p > 0.5], p[p > 0.5].round(4)
+            known, chosen, probability = (json.dumps(column.tolist(), ensure_ascii=False) for column in columns)
+            true = true and known
+        table.writerow([name, image if isinstance(image, Path) else "", text, true, chosen, probability])
     return file.getvalue()
 
 
 def say_mistakes(by_class: dict[str, float], pairs: data.Pairs, rows: dict, most: int = 5) -> None:
     """Print the classes that score worst, and which class is taken for which other most often."""
     worst = sorted(by_class.items(), key=lambda item: item[1])[:most]
-    if worst:
-        say("worst classes:", ", ".join(f"{name} {score:.2f}" for name, score in worst))
-    if worst and not pairs.multilabel:
+    say("worst classes:", ", ".join(f"{name} {score:.2f}" for name, score in worst))
+    if not pairs.multilabel:
         guesses = zip(rows["labels"].tolist(), rows["logits"].argmax(-1).tolist())
         confused = Counter((true, guess) for true, guess in guesses if true not in (guess, -1)).most_common(most)
-        say("most confused:", ", ".join(
-            f"{pairs.classes[a]} taken for {pairs.classes[b]} {n}×" for (a, b), n in confused) or "none")
+        told = (f"{pairs.classes[true]} taken for {pairs.classes[guess]} {n}×" for (true, guess), n in confused)
+        say("most confused:", ", ".join(told) or "none")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -434,8 +422,7 @@ def predict(run: Run, inputs: list[str]) -> None:
     _, rows = evaluate(run, "test")
     if len(inputs) == 1:
         write(target, predictions(pairs, rows))
-        say(f"{len(pairs):,} rows are scored in {target}")
-        return
+        return say(f"{len(pairs):,} rows are scored in {target}")
     [probability] = rows["logits"].sigmoid() if pairs.multilabel else rows["logits"].softmax(-1)
     for p, c in zip(*probability.topk(min(5, len(pairs.classes)))):
         say(f"{p:.3f}  {pairs.classes[c]}")
@@ -449,37 +436,32 @@ def summarize(folders: list[Path]) -> str:
 
     Its first columns are the settings in which the rows differ, but for what a method sets by itself.
     """
-    rows = defaultdict(list)
+    rows, chosen = defaultdict(list), {"dataset", "method"}
     for folder in folders:
         try:
             config, results = (json.loads(regular_file(folder / name).read_text("utf-8"))
                                for name in ("config.json", "results.json"))
             config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed")}
             by_default = vars(parse(["--dataset", config["dataset"], "--method", config["method"]]))
-            _ = results["trainable_parameters"] / results["total_parameters"], results["seed"], results["test"].keys()
+            chosen |= {k for k in config if config[k] != by_default.get(k)}
+            share = results["trainable_parameters"] / results["total_parameters"]
+            rows[json.dumps(config)].append({**results["test"], "trainable": f"{share:.2%}", "seed": results["seed"]})
         except Exception as error:  # files of other programs fail in many ways
             raise InputError(f"{folder}: not the folder of a finished run of this version ({error})") from None
-        rows[json.dumps(config)].append((results, by_default))
 
-    configs, defaults = [json.loads(key) for key in rows], [runs[0][1] for runs in rows.values()]
-    keys = [k for k in configs[0] if len({str(c.get(k)) for c in configs}) > 1
-            and (k in ("dataset", "method") or any(c.get(k) != d.get(k) for c, d in zip(configs, defaults)))]
-    scores = [name for name in SCORES if any(name in r["test"] for runs in rows.values() for r, _ in runs)]
-    columns = {"experts_used": "experts used", "experts_per_sample": "per sample", "busiest_expert": "busiest"}
-    table = [[*keys, "trainable", *(f"test {name}" for name in scores), *columns.values(), "seeds"]]
+    configs = [json.loads(key) for key in rows]
+    keys = [k for k in configs[0] if k in chosen and len({str(c.get(k)) for c in configs}) > 1]
+    columns = {name: f"test {name}" for name in SCORES if any(name in run for runs in rows.values() for run in runs)}
+    columns |= {"experts_used": "experts used", "experts_per_sample": "per sample", "busiest_expert": "busiest"}
+    table = [[*keys, "trainable", *columns.values(), "seeds"]]
     table.append(["---"] * len(table[0]))
-
-    def spread(values: list[float]) -> str:
-        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{deviation}" if values else ""
-
     for config, runs in zip(configs, rows.values()):
-        results, tests = [r for r, _ in runs], [r["test"] for r, _ in runs]
-        share = results[0]["trainable_parameters"] / results[0]["total_parameters"]
-        routed = [[statistics.mean(t[name]) for t in tests if name in t] for name in columns]
-        table.append([*(str(config.get(k)) for k in keys), f"{share:.2%}",
-                      *(spread([t[name] for t in tests if name in t]) for name in scores), *map(spread, routed),
-                      ", ".join(str(r["seed"]) for r in results)])
+        cells = [*(str(config.get(k)) for k in keys), runs[0]["trainable"]]
+        for name in columns:
+            values = [np.mean(run[name]) for run in runs if name in run]  # of routing, the mean over the layers
+            deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{deviation}" if values else "")
+        table.append([*cells, ", ".join(str(run["seed"]) for run in runs)])
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
@@ -492,21 +474,22 @@ def benchmark(run: Run, repeats: int = 10) -> None:
     if run.splits:
         batches = iter(run.batches("train"))
         batch, began = next(batches), time.perf_counter()
-        images = sum(len(b["index"]) for b in itertools.islice(batches, 2 * repeats))
+        images = sum(len(other["index"]) for other, _ in zip(batches, range(2 * repeats)))
         say(f"loader alone: {images / (time.perf_counter() - began):.1f} images/s with --workers {config['workers']}")
     else:  # random inputs, texts as long as a title
         n, side = config["batch_size"], config["image_size"]
         batch = dict(images=torch.randint(256, (n, 3, side, side), dtype=torch.uint8),
                      texts=torch.randint(1, 30_000, (n, 24)), labels=torch.randint(101, (n,)))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=run.device.type in ("cpu", "cuda"))
-    a, b = torch.randn(2, PRODUCT, PRODUCT, device=run.device).to(run.dtype)
+    n, device, trainable = len(batch["labels"]), run.device, [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=device.type in ("cpu", "cuda"))
+    a, b = torch.randn(2, PRODUCT, PRODUCT, device=device).to(run.dtype)
+    synchronize = getattr(torch, device.type).synchronize
 
     def step() -> None:
         run.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     work = {"training step": step, "evaluation": lambda: run.forward(batch), "large product": lambda: a @ b}
     seconds = defaultdict(list)
@@ -514,29 +497,26 @@ def benchmark(run: Run, repeats: int = 10) -> None:
         for name, do in work.items():
             model.train(name == "training step")
             with torch.set_grad_enabled(name == "training step"):
-                getattr(torch, run.device.type).synchronize()
+                synchronize()
                 began = time.perf_counter()
                 do()
-                getattr(torch, run.device.type).synchronize()
+                synchronize()
                 seconds[name].append(time.perf_counter() - began)
 
     # What a step multiplies, as PyTorch counts it (fused attention it would miss), on two samples for all.
-    part = {name: values[:2] for name, values in batch.items()}
+    part, flops = {name: values[:2] for name, values in batch.items()}, {"large product": 2 * PRODUCT ** 3}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = run.loss(part, model.forward)  # not compiled
-        flops = {"evaluation": counter.get_total_flops()}
+        flops["evaluation"] = counter.get_total_flops() * n // len(part["labels"])
         loss.backward()
-        flops["training step"] = counter.get_total_flops()
-    flops = {name: value * len(batch["labels"]) // len(part["labels"]) for name, value in flops.items()}
-    flops["large product"] = 2 * PRODUCT ** 3
-    times = {name: statistics.median(values[2:]) for name, values in seconds.items()}
-    limit = flops["large product"] / times["large product"]
+        flops["training step"] = counter.get_total_flops() * n // len(part["labels"])
+    times = {name: np.median(values[2:]) for name, values in seconds.items()}
+    rates = {name: flops[name] / t / 1e9 for name, t in times.items()}
     for name, t in times.items():
-        say(f"{name:<14} {1000 * t:9.1f} ms  {flops[name] / 1e9:9.1f} GFLOP  {flops[name] / t / 1e9:9.1f} GFLOP/s"
-            + (f"  {len(batch['labels']) / t:8.1f} images/s  {flops[name] / t / limit:.0%} of the product"
-               if name != "large product" else f"  ({PRODUCT} squared, {config['precision']})"))
-    say(f"batch {len(batch['labels'])}, {batch['texts'].shape[1]} tokens of text, {run.device}, peak memory "
-        f"{peak_memory(run.device)} GiB")
+        say(f"{name:<14} {1000 * t:9.1f} ms  {flops[name] / 1e9:9.1f} GFLOP  {rates[name]:9.1f} GFLOP/s",
+            f" ({PRODUCT} squared, {config['precision']})" if name == "large product" else
+            f" {n / t:8.1f} images/s  {rates[name] / rates['large product']:.0%} of the product")
+    say(f"batch {n}, {batch['texts'].shape[1]} tokens of text, {device}, peak memory {peak_memory(device)} GiB")
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -568,7 +548,7 @@ def pretrain(parent: Path) -> tuple[Path, Path]:
         torch.manual_seed(p.seed)
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as name:  # renamed when it is whole
-            made = Path(name, folder.name)
+            made = Path(name, "encoders")
             (made / "bert").mkdir(parents=True)
             torch.save(pretrain_vision(p).state_dict(), made / "vit.pth")
             pretrain_text(p, made / "bert")
@@ -597,8 +577,7 @@ def pretrain_vision(p: argparse.Namespace) -> ViT:
     q = images.shape[-1] // 2
     vit = ViT(2 * q, p.patch_size, p.dim, p.depth, p.heads, p.mlp_dim)
     name_patch, name_marked = (torch.nn.Linear(p.dim, 3 * 5) for _ in range(2))  # shape, color, place; 0 is none
-    border = torch.ones(q, q, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
+    border = F.pad(torch.zeros(q - 2, q - 2, dtype=torch.bool), (1, 1, 1, 1), value=True)
 
     def step_loss() -> tuple[torch.Tensor, torch.Tensor]:
         i, rows = torch.randint(len(images), (128,)), torch.arange(128)
@@ -621,12 +600,11 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({word for text in texts for word in text.split()})]
     sizes = dict(vocab_size=len(words), hidden_size=p.dim, num_hidden_layers=p.text_depth, num_attention_heads=p.heads,
                  intermediate_size=p.mlp_dim, max_position_embeddings=16, type_vocab_size=1)
-    (folder / "config.json").write_text(json.dumps(
-        dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, **sizes)))
-    bert = BERT(*sizes.values())
-    name_words = torch.nn.Linear(p.dim, len(words))
-    number = {word: i for i, word in enumerate(words)}
-    ids = [torch.tensor([2, *(number[word] for word in text.split()), 3]) for text in texts]
+    kind = dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12)
+    (folder / "config.json").write_text(json.dumps({**kind, **sizes}))
+    (folder / "vocab.txt").write_text("\n".join(words))
+    bert, name_words = BERT(*sizes.values()), torch.nn.Linear(p.dim, len(words))
+    ids = [torch.tensor([2, *map(words.index, text.split()), 3]) for text in texts]
     ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # [n, N]
 
     def step_loss() -> tuple[torch.Tensor, torch.Tensor]:
@@ -639,7 +617,6 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
 
     fit([*bert.parameters(), *name_words.parameters()], p.text_steps, "text", step_loss)
     torch.save(bert.state_dict(), folder / "pytorch_model.bin")
-    (folder / "vocab.txt").write_text("\n".join(words))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -657,24 +634,13 @@ def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namesp
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=list(DEFAULTS), help="shapes needs no data")
     first.add_argument("--method", choices=list(METHODS), default="mope", help="what to train, as a set of flags below")
-    first.add_argument("--benchmark", action="store_true", help="time loader, training step and evaluation; without "
-                       "--dataset on random weights and inputs")
+    first.add_argument("--benchmark", action="store_true", help="time it; without --dataset on random weights")
     known = first.parse_known_args(argv)[0]
     dataset = known.dataset or ("food101" if known.benchmark else "shapes")
-
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\nContents")[0], parents=[first], allow_abbrev=False,
         formatter_class=type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
-    add_flags(parser.add_argument, dataset)
-    parser.set_defaults(**DEFAULTS[dataset])
-    prompts = parser.get_default("static") + parser.get_default("dynamic") + 1
-    parser.set_defaults(**{k: prompts if v == AS_MANY_AS_MOPE else v for k, v in METHODS[known.method].items()})
-    parser.set_defaults(**stored or {})
-    return parser.parse_args(argv)
-
-
-def add_flags(flag, dataset: str) -> None:
-    switch = argparse.BooleanOptionalAction
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # data and model
     flag("--data-dir", default=f"data/{dataset}", help="the data set's folder")
@@ -705,8 +671,8 @@ def add_flags(flag, dataset: str) -> None:
     flag("--seed", type=at_least(0), default=0, help="of everything random in training")
     # machine
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first that is there")
-    flag("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of matrix products; "
-         "auto: on GPUs bfloat16 where they are fast at it, else float16; float32 elsewhere")
+    flag("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+         help="of matrix products; auto: on GPUs bfloat16 where they are fast at it, else float16; float32 elsewhere")
     flag("--compile", action=switch, default=False, help="torch.compile: faster steps after several minutes")
     flag("--workers", type=at_least(0), default=min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
          help="processes that read images; 0 reads in the main one")
@@ -714,21 +680,25 @@ def add_flags(flag, dataset: str) -> None:
     flag("--out", type=Path, default=Path("runs", dataset), help="folder of the run")
     flag("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for:")
     flag("--eval", action="store_true", help="evaluate it on the test split")
-    flag("--predict", nargs="+", metavar=("ROWS.jsonl", "IMAGE TEXT"), help="score the rows of a file (text and "
-         "image, relative to it) into predictions.csv beside it, or one pair: IMAGE TEXT")
+    flag("--predict", nargs="+", metavar=("ROWS.jsonl", "IMAGE TEXT"),
+         help="score a file of rows (image, relative to it, and text) into predictions.csv beside it, or one pair")
     flag("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     flag("--summarize", nargs="+", metavar="RUN", type=Path, help="finished runs as a Markdown table")
+
+    parser.set_defaults(**DEFAULTS[dataset])
+    prompts = parser.get_default("static") + parser.get_default("dynamic") + 1
+    parser.set_defaults(**{k: prompts if v == AS_MANY_AS_MOPE else v for k, v in METHODS[known.method].items()})
+    parser.set_defaults(**stored or {})
+    return parser.parse_args(argv)
 
 
 def at_least(least: float, kind: type = int):
     """Return the type of a flag: a number of a kind, from `least` on."""
-    def convert(text: str) -> float:
+    def number(text: str) -> float:
         if not least <= kind(text) < 2 ** 63:
             raise argparse.ArgumentTypeError(f"{text}: expected {least} or more, below 2⁶³")
         return kind(text)
-
-    convert.__name__ = kind.__name__  # what argparse calls it
-    return convert
+    return number
 
 
 def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | None]:
@@ -736,7 +706,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
     args, state = parse(argv), None
     if bool(args.eval or args.predict) != bool(args.checkpoint):
         raise InputError("--checkpoint FILE goes with --eval or --predict")
-    if sum(map(bool, (args.checkpoint, args.resume, args.summarize, args.benchmark))) > 1 or args.eval and args.predict:
+    if sum(map(bool, (args.eval, args.predict, args.resume, args.summarize, args.benchmark))) > 1:
         raise InputError("give one of --eval, --predict, --resume, --summarize and --benchmark")
     if len(args.predict or ()) > 2 or args.out == Path():
         raise InputError("--predict takes a file of rows, or an image and a text in quotes" if args.predict else
@@ -746,7 +716,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
         [state] = gather([load_checkpoint(path)] if RANK == 0 else [])  # the others may have no access to the file
         stored = state["config"]
         if stored.keys() != vars(args).keys() - set(ACTIONS):
-            raise InputError(f"{path} was made by another version of train.py: its settings are {sorted(map(str, stored))}")
+            raise InputError(f"{path} was made by another version of train.py, with {sorted(map(str, stored))}")
         args = parse(argv, {**stored, "out": path.parent})
         if args.out != path.parent:
             raise InputError("--resume and --checkpoint stay in the folder of their run; leave out --out")
@@ -763,17 +733,15 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
 
 def pick_device(name: str) -> torch.device:
     ready = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(n for n in ready if ready[n])
+    name = next(n for n in ready if ready[n]) if name == "auto" else name
     if not ready[name]:
         raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; "
                          "use --device auto, or install the build of PyTorch for it")
     if name != "cuda":
         return torch.device(name)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.index >= torch.cuda.device_count():
-        raise InputError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine; give torchrun "
-                         f"--nproc_per_node={torch.cuda.device_count()} or less")
+    device, count = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
+    if device.index >= count:
+        raise InputError(f"more processes than the {count} GPUs here; give torchrun --nproc_per_node={count} or less")
     torch.cuda.set_device(device)
     return device
 
@@ -793,8 +761,7 @@ def save(run: Run, name: str) -> None:
     """Write a checkpoint: what was trained, and all that it takes to go on as if nothing had happened."""
     if RANK > 0:
         return
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    pairs = run.splits["train"]
+    pairs, versions = run.splits["train"], {"torch": str(torch.__version__), "python": sys.version}
     write(run.out / name, dict(
         config=run.config, versions=versions, progress=asdict(run.progress), classes=pairs.classes,
         multilabel=pairs.multilabel, digests=digests(run), trained=run.model.trained_state(),
@@ -804,9 +771,16 @@ def save(run: Run, name: str) -> None:
 
 
 def restore(run: Run, state: dict) -> None:
-    """Go on from a checkpoint."""
-    check_unchanged(run, state, list(digests(run)))
+    """Load the weights of a checkpoint. If the run has an optimizer, go on with training: for that, data have to be the
+    same as well."""
+    for part, now in digests(run).items():
+        then = state["digests"].get(part)
+        if now != then and (run.optimizer or part == "tokenizer"):
+            raise InputError(f"the {part} is not what {run.out} began with ({now}, not {then}); give --data-dir or "
+                             "--text with that, or start a new run")
     run.model.load_trained_state(state["trained"])
+    if not run.optimizer:
+        return
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty if the run began in another precision
@@ -818,17 +792,8 @@ def restore(run: Run, state: dict) -> None:
 
 
 def digests(run: Run) -> dict[str, str]:
-    """Return a digest of the tokenizer and of each split; a resumed run needs them as they were."""
     tokenizer = hashlib.sha256(run.tokenizer.to_str().encode()).hexdigest()
     return {"tokenizer": tokenizer, **{f"{name} split": pairs.digest for name, pairs in run.splits.items()}}
-
-
-def check_unchanged(run: Run, state: dict, parts: list[str]) -> None:
-    now, then = digests(run), state["digests"]
-    for part in parts:
-        if now[part] != then.get(part):
-            raise InputError(f"the {part} is not what {run.out} began with ({now[part]}, not {then.get(part)}); give "
-                             "--data-dir or --text with that, or start a new run")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -862,19 +827,17 @@ def write(path: Path, content: str | dict | Image.Image) -> None:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that cannot sync
                     raise
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_new(out: Path) -> None:
     """Raise InputError if the folder holds anything that a run would write over."""
     for name in ("config.json", "last.pt", "best.pt", "log.jsonl", "results.json", "predictions.csv"):
         if (out / name).exists():
-            raise InputError(f"{out} holds {name} already, and nothing is written over: continue that run with "
-                             f"--resume {out}, remove it, or give another --out")
+            raise InputError(f"{out} holds {name}, and nothing is written over: continue that run with --resume {out}, "
+                             "remove it, or give another --out")
 
 
 def lock(out: Path) -> io.TextIOWrapper:
@@ -883,7 +846,6 @@ def lock(out: Path) -> io.TextIOWrapper:
     file = (out / "lock").open("w")
     try:
         import fcntl
-
         if RANK == 0:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit it
     except (BlockingIOError, PermissionError):
@@ -899,11 +861,10 @@ def lock(out: Path) -> io.TextIOWrapper:
 
 def start_processes() -> None:
     """Let the processes of torchrun talk."""
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if WORLD > 1 and missing:
-        raise InputError(f"WORLD_SIZE is {WORLD}, but {', '.join(missing)} is not set; start several processes with "
-                         "torchrun --nproc_per_node=N train.py, and a single one without WORLD_SIZE")
+        raise InputError(f"WORLD_SIZE is {WORLD}, but {', '.join(sorted(missing))} is not set; start several processes "
+                         "with torchrun --nproc_per_node=N train.py, and a single one without WORLD_SIZE")
     if WORLD == 1 and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise InputError(f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but these processes would not talk: start one "
                          "task a node, and in it torchrun --nproc_per_node=N train.py (for a single process, unset it)")
@@ -917,8 +878,7 @@ def say(*words: object) -> None:
         sys.stdout.flush()
 
 
-def progress_bar(iterable, what: str, **kwargs) -> tqdm:
-    return tqdm(iterable, what, leave=False, disable=None if RANK == 0 else True, **kwargs)  # None: on a terminal only
+progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 else True)  # None: on a terminal only
 
 
 def gather(items: list) -> list:
@@ -930,7 +890,7 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """Ctrl-C or another of SIGNALS (its number is the argument) came, and the step in hand is finished."""
 
 
@@ -946,10 +906,9 @@ def orderly_stop(run: Run):
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: signal.getsignal(n) for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN}  # as under nohup
     for number in before:
-        if before[number] != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, request_stop)
+        signal.signal(number, request_stop)
     try:
         yield
     except Stopped:
@@ -969,8 +928,7 @@ def orderly_stop(run: Run):
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.summarize:
-        print(summarize(args.summarize))
-        return
+        return say(summarize(args.summarize))
     start_processes()
     args, config, state = resolve(argv)
     device = pick_device(config["device"])
@@ -990,11 +948,9 @@ def main(argv: list[str] | None = None) -> None:
         check_new(args.out)
 
     # Data first: a missing folder is found before any model is built.
-    if args.predict:
-        run.splits = {"test": data.unlabelled(args.predict, state["classes"], state["multilabel"])}
-    else:
-        test_for = (state["classes"], state["multilabel"]) if args.eval else None
-        run.splits = data.load(config["dataset"], config["data_dir"], config["train_size"], config["seed"], test_for)
+    trained_for = (state["classes"], state["multilabel"]) if args.checkpoint else None
+    run.splits = {"test": data.unlabelled(args.predict, *trained_for)} if args.predict else data.load(
+        config["dataset"], config["data_dir"], config["train_size"], config["seed"], trained_for)
     classes = run.splits["test"].classes
     if state and state["classes"] != classes:
         raise InputError(f"{config['data_dir']}: other classes than those the checkpoint was trained on")
@@ -1016,8 +972,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.resume or not state:
         train(run, state)
     else:
-        check_unchanged(run, state, ["tokenizer"])
-        run.model.load_trained_state(state["trained"])
+        restore(run, state)
         if args.predict:
             predict(run, args.predict)
         else:
@@ -1044,52 +999,45 @@ def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype, 
 
 def cli() -> int:
     """Run main() and return the exit code; expected errors are told in a sentence instead of a traceback."""
-    code, message = 1, ""
+    code = 1
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
-    except InputError as error:
-        code, message = 2, str(error)
-    except Stopped as stopped:
-        code = 128 + stopped.args[0]
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
     except SystemExit as left:  # argparse has said why
-        code = left.code
-    except OSError as error:
-        where = error.filename or "standard output, or a file of the run"
-        message = f"{where}: {error.strerror or error}; mend that, then go on with --resume"
+        return left.code
+    except KeyboardInterrupt as stopped:
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except Exception as error:
-        if "DataLoader worker" in str(error):  # killed, as a rule for want of memory shared between processes
-            message = (f"{str(error).strip()}; give a lower --workers, 0 for none, or a container more shared memory "
-                       "(docker run --shm-size 8g); an interrupted run goes on with --resume")
-        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        message = str(error).strip()
+        if isinstance(error, InputError):
+            code = 2
+        elif isinstance(error, OSError):
+            where = error.filename or "standard output, or a file of the run"
+            message = f"{where}: {error.strerror or error}; mend that, then go on with --resume"
+        elif "DataLoader worker" in message:  # killed, as a rule for want of memory shared between processes
+            message += ("; give a lower --workers, 0 for none, or a container more shared memory (docker run "
+                        "--shm-size 8g); an interrupted run goes on with --resume")
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = ("out of memory; --resume with a higher --accumulate, which makes a step of smaller parts, or "
                        "start with a lower --batch-size, --text-length or --image-size")
         else:
             traceback.print_exc()
-    if message:
-        print(f"error: {message}", file=sys.stderr)
+            return code
+    print(f"error: {message}", file=sys.stderr)  # after the complaints of iterators that end with the exception
     return code
 
 
-def leave(code: int) -> None:
-    """End this process without waiting for its workers, which ignore SIGTERM, or for other processes."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for the workers that die now
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
+
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # class names that the terminal cannot print
     exit_code = cli()
-    if exit_code or WORLD > 1:
-        leave(exit_code)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for the workers that die now
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(exit_code)  # without waiting for workers, which ignore SIGTERM, or for other processes
