@@ -31,7 +31,7 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
+
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -40,12 +40,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from tokenizers import Tokenizer
+
+
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -87,7 +87,6 @@ METHODS = {
 class Progress:
     """Everything that training changes beside weights, optimizer and scaler. No state of random generators is kept:
     the order of the data and the router's noise follow from the seed, the epoch or step, and the sample or process."""
-
     epoch: int = 0
     step: int = 0  # of this epoch
     losses: list[float] = field(default_factory=list)  # of the steps of this epoch
@@ -99,22 +98,21 @@ class Progress:
 @dataclass
 class Run:
     """One run: its settings, model and data, and how far it is."""
-
     config: dict
     out: Path
     device: torch.device
     dtype: torch.dtype  # of matrix products
     model: MoPE | None = None
     splits: dict[str, data.Pairs] = field(default_factory=dict)
-    tokenizer: Tokenizer | None = None
-    loaders: dict[str, DataLoader] = field(default_factory=dict)
+    tokenizer: data.Tokenizer | None = None
+    loaders: dict[str, data.DataLoader] = field(default_factory=dict)
     network: torch.nn.Module | None = None  # the model, in DistributedDataParallel if there are several processes
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     progress: Progress = field(default_factory=Progress)
     stop_signals: list[int] = field(default_factory=list)  # signals that ask for a stop
 
-    def batches(self, split: str, epoch: int = 0, start: int = 0) -> DataLoader:
+    def batches(self, split: str, epoch: int = 0, start: int = 0) -> data.DataLoader:
         """Return this process's batches of an epoch, from step `start` on. Worker processes are started once."""
         c, pairs = self.config, self.splits[split]
         if split not in self.loaders:
@@ -272,13 +270,13 @@ def epoch_line(run: Run, metric: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Evaluation
 
+SCORES = ("accuracy", "f1_micro", "f1_macro")
+
 
 @torch.no_grad()
 def evaluate(run: Run, split: str) -> tuple[dict, dict]:
-    """Evaluate a whole split: return its metrics, and the rows behind them in the split's order.
-
-    No sample counts twice, however many processes share the split. Raises InputError for logits that are not finite.
-    """
+    """Evaluate a whole split: return its metrics, and the rows behind them in the split's order. No sample counts
+    twice, however many processes share the split. Raises InputError for logits that are not finite."""
     run.model.eval()
     rows, damaged, pairs = [], [], run.splits[split]
     for batch in progress_bar(run.batches(split), f"evaluating {split}"):
@@ -306,14 +304,9 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
     return result, dict(logits=logits, labels=labels, routing=routing, damaged=damaged)
 
 
-SCORES = ("accuracy", "f1_micro", "f1_macro")
-
-
 def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> dict:
     """Score a whole split: accuracy, or for several labels a sample F1 at a threshold of 0.5; each also by class.
-
-    Samples whose label nobody knows (-1) do not count.
-    """
+    Samples whose label nobody knows (-1) do not count."""
     known = (labels >= 0).view(len(labels), -1).all(-1)
     logits, labels = logits[known], labels[known]
     if not len(labels):
@@ -344,7 +337,7 @@ def interval(pairs: data.Pairs, rows: dict) -> list[float]:
 
 
 def finish(run: Run) -> None:
-    """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png."""
+    """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png; tell mistakes."""
     config, at, pairs = run.config, run.progress, run.splits["test"]
     [best] = gather([load_checkpoint(run.out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
     differ = [key for key in config.keys() - MAY_CHANGE if best["config"].get(key) != config[key]]
@@ -352,8 +345,6 @@ def finish(run: Run) -> None:
         raise InputError(f"{run.out}/best.pt is of another run, with another {', '.join(sorted(differ))}")
     run.model.load_trained_state(best["trained"])
     test, rows = evaluate(run, "test")
-    if RANK > 0:
-        return
     if "accuracy" in test:
         test["accuracy_95"] = interval(pairs, rows)
     chosen = best["progress"]["log"][-1]
@@ -361,19 +352,25 @@ def finish(run: Run) -> None:
     images = run.splits["train"].steps(config["batch_size"]) * config["batch_size"] * config["epochs"]
     damaged = {*at.damaged["train"], *at.damaged["val"], *rows["damaged"]}
     results = dict(
-        dataset=config["dataset"], seed=config["seed"], epochs=config["epochs"], best_epoch=chosen["epoch"],
-        test=test, validation=chosen["validation"], trainable_parameters=trained, total_parameters=total,
-        seconds=round(at.seconds, 1), images_per_second=round(images / at.seconds, 1),
-        peak_memory_gib=peak_memory(run.device), damaged_images=len(damaged), device=str(run.device),
-        precision=config["precision"])
+        dataset=config["dataset"], seed=config["seed"], epochs=config["epochs"], best_epoch=chosen["epoch"], test=test,
+        validation=chosen["validation"], trainable_parameters=trained, total_parameters=total,
+        seconds=round(at.seconds, 1), images_per_second=round(images / at.seconds, 1), damaged_images=len(damaged),
+        peak_memory_gib=peak_memory(run.device), device=str(run.device), precision=config["precision"])
 
     write(run.out / "predictions.csv", predictions(pairs, rows))
     routed = rows["routing"].numel() > 0
     if routed:
-        write(run.out / "routing.png", data.plot_routing(pairs, rows["routing"]))
+        picture = io.BytesIO()
+        data.plot_routing(pairs, rows["routing"]).save(picture, "PNG")
+        write(run.out / "routing.png", picture.getvalue())
     write(run.out / "results.json", json.dumps(results, indent=1))  # last: with it, the run is finished
-    if "by_class" in test:
-        say_mistakes(test["by_class"], pairs, rows)
+    worst = sorted(test.get("by_class", {}).items(), key=lambda item: item[1])[:5]
+    say("worst classes:", ", ".join(f"{name} {score:.2f}" for name, score in worst) or "none has a score")
+    if not pairs.multilabel:
+        guesses = zip(rows["labels"].tolist(), rows["logits"].argmax(-1).tolist())
+        confused = Counter((true, guess) for true, guess in guesses if true not in (guess, -1)).most_common(5)
+        told = (f"{pairs.classes[true]} taken for {pairs.classes[guess]} {n}×" for (true, guess), n in confused)
+        say("most confused:", ", ".join(told) or "none")
     if damaged:
         say(f"{len(damaged)} images could not be read: grey ones stood for them")
     scores = "  ".join(f"{name} {test[name]:.4f}" for name in SCORES if name in test) or "no score"
@@ -398,19 +395,13 @@ def predictions(pairs: data.Pairs, rows: dict) -> str:
     return file.getvalue()
 
 
-def say_mistakes(by_class: dict[str, float], pairs: data.Pairs, rows: dict, most: int = 5) -> None:
-    """Print the classes that score worst, and which class is taken for which other most often."""
-    worst = sorted(by_class.items(), key=lambda item: item[1])[:most]
-    say("worst classes:", ", ".join(f"{name} {score:.2f}" for name, score in worst))
-    if not pairs.multilabel:
-        guesses = zip(rows["labels"].tolist(), rows["logits"].argmax(-1).tolist())
-        confused = Counter((true, guess) for true, guess in guesses if true not in (guess, -1)).most_common(most)
-        told = (f"{pairs.classes[true]} taken for {pairs.classes[guess]} {n}×" for (true, guess), n in confused)
-        say("most confused:", ", ".join(told) or "none")
+
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Predict, summarize, benchmark
+
+PRODUCT = 4096  # side of the matrices whose product stands for the hardware's limit
 
 
 def predict(run: Run, inputs: list[str]) -> None:
@@ -432,10 +423,8 @@ def predict(run: Run, inputs: list[str]) -> None:
 
 
 def summarize(folders: list[Path]) -> str:
-    """Return a Markdown table of finished runs: a row for those that differ in the seed only, mean ± deviation.
-
-    Its first columns are the settings in which the rows differ, but for what a method sets by itself.
-    """
+    """Return a Markdown table of finished runs: a row for those that differ in the seed only, mean ± deviation. Its
+    first columns are the settings in which the rows differ, but for what a method sets by itself."""
     rows, chosen = defaultdict(list), {"dataset", "method"}
     for folder in folders:
         try:
@@ -463,9 +452,6 @@ def summarize(folders: list[Path]) -> str:
             cells.append(f"{np.mean(values):.3f}{deviation}" if values else "")
         table.append([*cells, ", ".join(str(run["seed"]) for run in runs)])
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
-
-
-PRODUCT = 4096  # side of the matrices whose product stands for the hardware's limit
 
 
 def benchmark(run: Run, repeats: int = 10) -> None:
@@ -541,8 +527,7 @@ def pretrain(parent: Path) -> tuple[Path, Path]:
     The BERT sees questions only: its feature names their words, a third of them masked. (Masked words alone give all
     questions nearly the same mean.) A prompt then has to do what the frame did: point.
     """
-    key = hashlib.sha256(json.dumps(PRETRAIN).encode()).hexdigest()[:8]
-    folder = parent / f"shapes-encoders-{key}"
+    folder = parent / f"shapes-encoders-{hashlib.sha256(json.dumps(PRETRAIN).encode()).hexdigest()[:8]}"
     if not folder.exists():
         p = argparse.Namespace(**PRETRAIN)
         torch.manual_seed(p.seed)
@@ -714,12 +699,10 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
     path = args.checkpoint or args.resume and args.resume / "last.pt"
     if path:
         [state] = gather([load_checkpoint(path)] if RANK == 0 else [])  # the others may have no access to the file
-        stored = state["config"]
-        if stored.keys() != vars(args).keys() - set(ACTIONS):
-            raise InputError(f"{path} was made by another version of train.py, with {sorted(map(str, stored))}")
-        args = parse(argv, {**stored, "out": path.parent})
-        if args.out != path.parent:
-            raise InputError("--resume and --checkpoint stay in the folder of their run; leave out --out")
+        if state["config"].keys() != vars(args).keys() - set(ACTIONS):
+            raise InputError(f"{path} is of another version of train.py, with {sorted(map(str, state['config']))}")
+        stored = {**state["config"], "out": path.parent}
+        args = parse(argv, stored)
         for key in stored.keys() - MAY_CHANGE:
             if getattr(args, key) != stored[key]:
                 raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)} contradicts {path}, which was made "
@@ -735,8 +718,7 @@ def pick_device(name: str) -> torch.device:
     ready = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in ready if ready[n]) if name == "auto" else name
     if not ready[name]:
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device here; "
-                         "use --device auto, or install the build of PyTorch for it")
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds none; use --device auto or another build")
     if name != "cuda":
         return torch.device(name)
     device, count = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
@@ -759,27 +741,25 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def save(run: Run, name: str) -> None:
     """Write a checkpoint: what was trained, and all that it takes to go on as if nothing had happened."""
-    if RANK > 0:
-        return
     pairs, versions = run.splits["train"], {"torch": str(torch.__version__), "python": sys.version}
-    write(run.out / name, dict(
-        config=run.config, versions=versions, progress=asdict(run.progress), classes=pairs.classes,
-        multilabel=pairs.multilabel, digests=digests(run), trained=run.model.trained_state(),
-        optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict()))
+    file = io.BytesIO()
+    torch.save(dict(config=run.config, versions=versions, progress=asdict(run.progress), classes=pairs.classes,
+                    multilabel=pairs.multilabel, digests=digests(run), trained=run.model.trained_state(),
+                    optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict()), file)
+    write(run.out / name, file.getvalue())
     write(run.out / "config.json", json.dumps({"config": run.config, "versions": versions}, indent=1))
     write(run.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.progress.log))
 
 
 def restore(run: Run, state: dict) -> None:
-    """Load the weights of a checkpoint. If the run has an optimizer, go on with training: for that, data have to be the
-    same as well."""
+    """Load the weights of a checkpoint; and in training, go on from there, which needs the same data as well."""
     for part, now in digests(run).items():
         then = state["digests"].get(part)
         if now != then and (run.optimizer or part == "tokenizer"):
             raise InputError(f"the {part} is not what {run.out} began with ({now}, not {then}); give --data-dir or "
                              "--text with that, or start a new run")
     run.model.load_trained_state(state["trained"])
-    if not run.optimizer:
+    if not run.optimizer:  # an evaluation
         return
     try:
         run.optimizer.load_state_dict(state["optimizer"])
@@ -808,19 +788,14 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path}: not a checkpoint of this version of train.py ({str(error)[:200]})") from None
 
 
-def write(path: Path, content: str | dict | Image.Image) -> None:
-    """Write text, a checkpoint or a picture to a temporary file beside it, sync it, then rename it."""
-    buffer = io.BytesIO()
-    if isinstance(content, dict):
-        torch.save(content, buffer)
-    elif isinstance(content, str):
-        buffer.write(content.encode())
-    else:
-        content.save(buffer, "PNG")
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file as a temporary one beside it, sync that, then rename it. Of several processes, the first does."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             try:
                 os.fsync(file.fileno())
@@ -836,8 +811,7 @@ def check_new(out: Path) -> None:
     """Raise InputError if the folder holds anything that a run would write over."""
     for name in ("config.json", "last.pt", "best.pt", "log.jsonl", "results.json", "predictions.csv"):
         if (out / name).exists():
-            raise InputError(f"{out} holds {name}, and nothing is written over: continue that run with --resume {out}, "
-                             "remove it, or give another --out")
+            raise InputError(f"{out} holds {name}; nothing is written over: --resume {out}, or give another --out")
 
 
 def lock(out: Path) -> io.TextIOWrapper:
@@ -858,16 +832,17 @@ def lock(out: Path) -> io.TextIOWrapper:
 # ---------------------------------------------------------------------------------------------------------
 # Processes (one, or several under torchrun) and signals
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 else True)  # None: on a terminal only
+
 
 def start_processes() -> None:
     """Let the processes of torchrun talk."""
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if WORLD > 1 and missing:
-        raise InputError(f"WORLD_SIZE is {WORLD}, but {', '.join(sorted(missing))} is not set; start several processes "
-                         "with torchrun --nproc_per_node=N train.py, and a single one without WORLD_SIZE")
-    if WORLD == 1 and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        raise InputError(f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but these processes would not talk: start one "
-                         "task a node, and in it torchrun --nproc_per_node=N train.py (for a single process, unset it)")
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if WORLD > 1 and missing or WORLD == 1 and tasks > 1:
+        raise InputError(f"{max(WORLD, tasks)} processes cannot talk without {', '.join(sorted(missing))}: start them "
+                         "by torchrun --nproc_per_node=N train.py, or a single one without WORLD_SIZE and SLURM_NTASKS")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
 
@@ -878,15 +853,14 @@ def say(*words: object) -> None:
         sys.stdout.flush()
 
 
-progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 else True)  # None: on a terminal only
+
 
 
 def gather(items: list) -> list:
     """Return the items of all processes in one list, in every process."""
-    if WORLD == 1:
-        return items
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, items)
+    parts = [items] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
@@ -894,7 +868,7 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C or another of SIGNALS (its number is the argument) came, and the step in hand is finished."""
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
 
 
 @contextlib.contextmanager
@@ -984,8 +958,7 @@ def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype, 
     encoders = encoders or {"vision": load_vit(config["vision"], config["image_size"]),
                             "text": load_bert(config["text"], config["pooling"])}
     if config["text_length"] > encoders["text"].max_length:
-        raise InputError(f"--text-length {config['text_length']}: {config['text']} reads at most "
-                         f"{encoders['text'].max_length}")
+        raise InputError(f"--text-length {config['text_length']}: the BERT reads {encoders['text'].max_length} at most")
     torch.manual_seed(config["seed"])  # prompts, router, MLP and head
     main_encoder = encoders.pop(config["main"])
     model = MoPE(main_encoder, *encoders.values(), classes, n_prior_prompts=config["prior_prompts"],
@@ -1017,27 +990,23 @@ def cli() -> int:
             where = error.filename or "standard output, or a file of the run"
             message = f"{where}: {error.strerror or error}; mend that, then go on with --resume"
         elif "DataLoader worker" in message:  # killed, as a rule for want of memory shared between processes
-            message += ("; give a lower --workers, 0 for none, or a container more shared memory (docker run "
-                        "--shm-size 8g); an interrupted run goes on with --resume")
+            message += "; go on by --resume with a lower --workers, or more shared memory (docker run --shm-size 8g)"
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
-            message = ("out of memory; --resume with a higher --accumulate, which makes a step of smaller parts, or "
-                       "start with a lower --batch-size, --text-length or --image-size")
+            message = "out of memory; --resume with a higher --accumulate, or start with a lower --batch-size"
         else:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             return code
     print(f"error: {message}", file=sys.stderr)  # after the complaints of iterators that end with the exception
     return code
-
-
-
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # class names that the terminal cannot print
     exit_code = cli()
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for the workers that die now
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(exit_code)  # without waiting for workers, which ignore SIGTERM, or for other processes
+    if exit_code or WORLD > 1:  # leave without waiting for workers, which ignore SIGTERM, or for other processes
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for the workers that die now
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(exit_code)
