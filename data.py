@@ -3,8 +3,6 @@
 A layout reads the samples of each split; `Pairs` is one split; `plan` says which samples make which batch, and `loader`
 makes them. What is random in training (order, crops, texts) is a function of (seed, epoch, sample) alone: neither the
 number of workers nor a resumed run changes it.
-
-Contents: layouts of the data sets - the toy - splits - images - batches - tokenizer - a picture of the routing.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tokenizers import BertWordPieceTokenizer, Tokenizer
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from mope import BERT, InputError, regular_file
@@ -37,6 +34,9 @@ MAX_BAD, BAD_IN_ANY_CASE = 0.01, 3  # a split's images that may be missing or da
 HELD_OUT = 0.1  # share of training that becomes validation where a data set has none
 Image.init()  # fills OPEN; "JPEG" opens MPO too. Others are not opened: for EPS, Pillow would run a program
 FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if f in Image.OPEN]
+T = Image.Transpose
+UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
+           7: T.TRANSVERSE, 8: T.ROTATE_90}  # EXIF orientation -> what undoes it
 
 
 class Sample(NamedTuple):
@@ -70,8 +70,8 @@ class Layout:
     flip = True  # may a training image be mirrored?
     classes: list[str] | None = None  # None: those of the training split, sorted
     texts_vary = False  # does `pick_text` give a sample another text in each epoch?
-    ids_name_kinds = False  # is an id "kind-number"? The picture of the routing then shows the kinds.
     may_hold_out = False  # is a validation split held out of train where val.jsonl and dev.jsonl are absent?
+    ids_name_kinds = False  # is an id "kind-number"? Then the picture of the routing shows the kinds too.
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -186,7 +186,7 @@ class Food101(JsonLines):
         name = name.removesuffix(".txt").removesuffix(".jpg") + ".jpg"
         title = title.removeprefix('"').removesuffix('"').replace('""', '"')
         title = html.unescape(re.sub(r'^\[\["?|"?\]\]$', "", title)).strip()  # some are wrapped: [["..."]]
-        return Sample(name, self.folder / "images" / split / label / name, title, label)
+        return Sample(name, self.require(self.folder / "images" / split) / label / name, title, label)
 
 
 class MMIMDb(JsonLines):
@@ -204,13 +204,11 @@ class MMIMDb(JsonLines):
 
     def entries(self, path: Path, split: str) -> Iterator[tuple[str | Path, str]]:
         if path.suffix == ".jsonl":
-            yield from super().entries(path, split)
-            return
+            return super().entries(path, split)
         with self.explained(path, "no list of ids for this split"):
             ids = list(json.loads(regular_file(path).read_text("utf-8"))["dev" if split == "val" else split])
-        for film in ids:
-            path = self.require(self.folder / "dataset" / f"{film}.json")
-            yield path, regular_file(path).read_text("utf-8", errors="replace")
+        films = [self.require(self.folder / "dataset" / f"{film}.json") for film in ids]
+        return ((film, regular_file(film).read_text("utf-8", errors="replace")) for film in films)
 
     def parse(self, line: str, split: str, where: str | Path) -> Sample | None:
         if isinstance(where, Path):
@@ -245,9 +243,8 @@ class SnliVE(Layout):
             self.noted[split]["pairs on whose label the annotators did not agree (-): dropped"] += 1
             return None
         photo = row["Flickr30K_ID" if "Flickr30K_ID" in row else "Flikr30kID"]  # older files spell it without the c
-        name = str(photo).removesuffix(".jpg") + ".jpg"
-        return Sample(str(row.get("pairID", Path(where).name)), self.folder / "flickr30k_images" / name,
-                      row["sentence2"], row["gold_label"])
+        image = self.require(self.folder / "flickr30k_images") / (str(photo).removesuffix(".jpg") + ".jpg")
+        return Sample(str(row.get("pairID", Path(where).name)), image, row["sentence2"], row["gold_label"])
 
 
 class Grocery(Layout):
@@ -256,20 +253,18 @@ class Grocery(Layout):
 
     tree = """
     dataset/classes.csv (numbered from 0), dataset/{train,val,test}.txt (path,product,group a line),
-    the photographs and descriptions that they name
-    from git clone https://github.com/marcusklasson/GroceryStoreDataset"""
+    the photographs and descriptions they name; from git clone https://github.com/marcusklasson/GroceryStoreDataset"""
     files = ("dataset/{}.txt", "{}.txt")
     texts_vary = True
     repeat = 1  # pairs a photograph
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        path = self.require(folder / "dataset" / "classes.csv", folder / "classes.csv")
-        self.root = path.parent
+        self.root = self.require(folder / "dataset" / "classes.csv", folder / "classes.csv").parent
         self.description: dict[str, list[str]] = {}  # of each product, its sentences
         self.group: dict[str, list[str]] = {}  # of each product, all products of its group
         groups = defaultdict(list)
-        for where, line in list(self.entries(path, ""))[1:]:
+        for where, line in list(self.entries(self.root / "classes.csv", ""))[1:]:
             with self.explained(where, line):
                 product, number, group, _, _, file = line.split(",")
                 if int(number) != len(self.group) or product in self.group:
@@ -282,8 +277,7 @@ class Grocery(Layout):
 
     def parse(self, line: str, split: str, where: str) -> Sample:
         path, number, _ = (part.strip() for part in line.split(","))
-        product = list(self.group)[range(len(self.group)).index(int(number))]  # no negative numbers
-        return Sample(path, self.root / path, "", product)
+        return Sample(path, self.root / path, "", dict(enumerate(self.group))[int(number)])
 
     def read(self, split: str) -> Iterator[Sample]:
         for sample in super().read(split):
@@ -316,8 +310,8 @@ class GroceryVE(Grocery):
 # The toy. An image has four quadrants, three of them with an object; no two objects share a shape or a colour.
 
 COLORS = {"red": (215, 45, 40), "green": (50, 165, 65), "blue": (50, 85, 215), "yellow": (235, 205, 45)}
-SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+WORDS = {"shape": ("circle", "square", "triangle", "cross"), "color": tuple(COLORS),
+         "place": ("top left", "top right", "bottom left", "bottom right")}
 QUESTIONS = {"color": ("what color is {} ?", "tell me the color of {}"),
              "shape": ("what shape is {} ?", "tell me the shape of {}"),
              "place": ("where is {} ?", "tell me the place of {}")}
@@ -325,17 +319,14 @@ CALLS = {"color": "the {} thing", "shape": "the {}"}  # an object is called by w
 
 
 def make_shapes(n: int, rng: np.random.Generator, quadrant: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Return images [n, S, S, 3] uint8 of side S = 2 * quadrant, and cells [n, 4, 3].
-
-    Cells are shape, color and place of what is in each quadrant, as numbers from 1; shape and color are 0 where it is
-    empty.
-    """
+    """Return images [n, S, S, 3] uint8 of side S = 2 * quadrant, and cells [n, 4, 3]: shape, color and place of what is
+    in each quadrant, as numbers from 1; shape and color are 0 where it is empty."""
     def different(high: int) -> np.ndarray:  # three different numbers below high for each image, [n, 3]
         return rng.random((n, high)).argsort(1)[:, :3]
 
     cells = np.zeros((n, 4, 3), int)
     cells[..., 2] = np.arange(1, 5)
-    kinds = np.stack([different(len(SHAPES)), different(len(COLORS))], -1) + 1  # [n, 3, 2]
+    kinds = np.stack([different(len(WORDS["shape"])), different(len(COLORS))], -1) + 1  # [n, 3, 2]
     np.put_along_axis(cells[..., :2], different(4)[..., None], kinds, 1)
 
     # A shape is an inequality on the offset (x, y) from its centre, in units of its radius. We make 200 of each
@@ -351,32 +342,28 @@ def make_shapes(n: int, rng: np.random.Generator, quadrant: int = 16) -> tuple[n
     paint = np.array([(0, 0, 0), *COLORS.values()])[cells[..., 1]] * rng.uniform(0.75, 1, (n, 4, 1))  # [n, 4, 3]
     ground = rng.integers(90, 210, (n, 1, 1, 1, 1))
     images = np.where(inside[..., None], paint[:, :, None, None], ground).astype(np.uint8)  # [n, 4, Q, Q, 3]
-    images = images.reshape(n, 2, 2, quadrant, quadrant, 3).swapaxes(2, 3)
-    return images.reshape(n, 2 * quadrant, 2 * quadrant, 3), cells
+    return images.reshape(n, 2, 2, quadrant, quadrant, 3).swapaxes(2, 3).reshape(n, 2 * quadrant, -1, 3), cells
 
 
 class Shapes(Layout):
-    """Generated: a picture of three coloured shapes, and a question about one of them -> the answer, one of twelve.
-
-    The question alone leaves four answers. The picture alone leaves nine: three shapes, three colours, three places.
-    """
+    """Generated: a picture of three coloured shapes, and a question about one of them -> the answer, one of twelve. The
+    question alone leaves four answers. The picture alone leaves nine: three shapes, three colours, three places."""
 
     flip = False
     ids_name_kinds = True
-    classes = [*COLORS, *SHAPES, *PLACES]
+    classes = [*WORDS["color"], *WORDS["shape"], *WORDS["place"]]
     sizes = {"train": 20_000, "val": 1_000, "test": 2_000}
 
     def read(self, split: str) -> Iterator[Sample]:
         rng = np.random.default_rng(list(self.sizes).index(split))
         images, cells = make_shapes(self.sizes[split], rng)
-        names = {"shape": SHAPES, "color": tuple(COLORS), "place": PLACES}
         for i, (image, objects) in enumerate(zip(images, cells)):
-            there = dict(zip(names, rng.choice(objects[objects[:, 0] > 0])))
+            there = dict(zip(WORDS, rng.choice(objects[objects[:, 0] > 0])))
             by = rng.choice(["shape", "color"])
-            asked = rng.choice([name for name in names if name != by])
-            called = names[by][there[by] - 1]
+            asked = rng.choice([name for name in WORDS if name != by])
+            called = WORDS[by][there[by] - 1]
             text = QUESTIONS[asked][rng.integers(2)].format(CALLS[by].format(called))
-            yield Sample(f"{asked} of {called}-{i}", image, text, names[asked][there[asked] - 1])
+            yield Sample(f"{asked} of {called}-{i}", image, text, WORDS[asked][there[asked] - 1])
 
 
 DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": SnliVE, "grocery": Grocery,
@@ -402,21 +389,18 @@ def load(dataset: str, folder: str | Path, train_size: float | None = None, seed
     if test_for:
         classes, several = test_for
     else:
-        classes = source.classes or sorted({name for s in splits["train"] for name in names_of(s.label)})
-        several = isinstance(splits["train"][0].label, list)
+        whole = splits["train"]
+        classes = source.classes or sorted({name for sample in whole for name in names_of(sample.label)})
+        several = isinstance(whole[0].label, list)
         if len(classes) < (1 if several else 2):
-            raise InputError(f"{source.folder}: nothing to learn, with {len(classes)} classes in training ({classes}); "
-                             "expected two or more, or one where a sample can have several labels")
-
+            raise InputError(f"{source.folder}: classes {classes}; expected two or more, or one where labels are lists")
         if not has_val:
-            whole = splits["train"]
-            chosen = stratified(whole, max(1, round(HELD_OUT * len(whole))), seed=0)
-            splits["val"] = [whole[i] for i in chosen]
-            splits["train"] = [whole[i] for i in sorted({*range(len(whole))} - {*chosen})]
+            held = stratified(whole, max(1, round(HELD_OUT * len(whole))), seed=0)
+            splits["val"] = [whole[i] for i in held]
+            splits["train"] = [whole[i] for i in sorted({*range(len(whole))} - {*held})]
             if not splits["train"]:
                 raise InputError(f"{source.folder}: a single training sample, held out for validation; expected more")
-            what = f"samples held out of train: {HELD_OUT:.0%} of each label, by a fixed seed"
-            source.noted["val"][what] = len(chosen)
+            source.noted["val"][f"samples held out of train: {HELD_OUT:.0%} of each label, by a fixed seed"] = len(held)
         if train_size is not None:
             splits["train"] = [splits["train"][i] for i in stratified(splits["train"], train_size, seed)]
 
@@ -443,10 +427,8 @@ def unlabelled(inputs: list[str], classes: list[str], several: bool) -> Pairs:
 
 
 def stratified(samples: list[Sample], size: float, seed: int) -> list[int]:
-    """Return indices, in order, of a part that holds each label in the proportion of the whole.
-
-    Every sample gets its rank within its label, shuffled, as a fraction; those with the smallest are taken.
-    """
+    """Return indices, in order, of a part that holds each label in the proportion of the whole. Every sample gets its
+    rank within its label, shuffled, as a fraction; those with the smallest are taken."""
     count = round(size * len(samples)) if size < 1 else size
     if not 0 < count <= len(samples) or count != int(count):
         raise InputError(f"--train-size {size}: expected 1 to {len(samples)} samples, or a fraction of them")
@@ -466,7 +448,6 @@ class Pairs(Dataset):
                  seed: int):
         self.source, self.split, self.samples, self.classes = source, split, samples, classes
         self.multilabel, self.seed, self.train = multilabel, seed, split == "train"
-        self.number = {name: i for i, name in enumerate(classes)}
         self.notes = [f"{n} {what}" for what, n in source.noted[split].items() if n]
         self.image_size = 224  # set by `loader`
 
@@ -501,10 +482,8 @@ class Pairs(Dataset):
     def target(self, label: str | list[str] | None) -> int | np.ndarray:
         """Turn a class name into its number, a list of them into [C] of zeros and ones; -1 stands for no label."""
         if not self.multilabel:
-            return -1 if label is None else self.number[label]
-        target = np.full(len(self.classes), -1 if label is None else 0, np.float32)
-        target[[self.number[name] for name in names_of(label)]] = 1
-        return target
+            return -1 if label is None else self.classes.index(label)
+        return np.array([-1 if label is None else name in label for name in self.classes], np.float32)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         """Return i, image [3, S, S] uint8, text, target, and the file with the reason if it could not be read."""
@@ -532,22 +511,13 @@ def check_damaged(damaged: list[str], samples: list[Sample], split: str) -> list
     return damaged
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Images
-
-T = Image.Transpose
-UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
-           7: T.TRANSVERSE, 8: T.ROTATE_90}  # EXIF orientation -> what undoes it
-
-
 def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator | None = None,
            flip: bool = False) -> torch.Tensor:
-    """Turn an image file or pixels [h, w, 3] into upright RGB [3, size, size] uint8.
+    """Turn an image file or pixels [h, w, 3] into upright RGB [3, size, size] uint8. Pixels are only resized.
 
     Without rng, the short side is resized to size * 256 / 224 and the centre is cut out. With it, a crop of 60 to 100 %
     of the area and of an aspect between 3:4 and 4:3 is taken (our choice: mild), as far as the image is long and high
-    enough, and mirrored half of the time if `flip`. Pixels are only resized. Raises what Pillow raises for a damaged
-    file.
+    enough, and mirrored half of the time if `flip`. Raises what Pillow raises for a damaged file.
     """
     if isinstance(source, np.ndarray):
         return resize(source, size)
@@ -585,10 +555,8 @@ def decode(source: Path | str | np.ndarray, size: int, rng: np.random.Generator 
 
 def resize(pixels: np.ndarray, size: int) -> torch.Tensor:
     """Resize [h, w, 3] -> [3, size, size], uint8, as Pillow's bicubic filter does it, in less than half the time."""
-    x = torch.from_numpy(pixels).permute(2, 0, 1)
-    if x.shape[1:] == (size, size):
-        return x
-    return F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0]
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -601,11 +569,10 @@ def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: in
 
     In training `batch_size` samples make a step, dealt out over processes and micro-batches, and an incomplete last
     step is dropped; in evaluation every sample comes exactly once over all processes. A batch is padded to its longest
-    text, so texts of similar length are put together: in evaluation all are sorted, in training the samples of ten
-    steps at a time.
+    text, so texts of similar length are put together: in evaluation all are sorted, in training those of ten steps.
     """
     lengths = np.array([len(pairs.sample(i, epoch).text) // 64 for i in range(len(pairs))])  # 64: some 16 word pieces
-    steps = pairs.steps(batch_size)
+    order, steps = lengths.argsort(kind="stable"), pairs.steps(batch_size)
     if pairs.train:
         if batch_size % (world * accumulate):
             raise InputError(f"--batch-size {batch_size} cannot be dealt out evenly over {world} processes with "
@@ -616,8 +583,6 @@ def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: in
             part = order[ten:ten + 10 * batch_size]
             part[:] = part[lengths[part].argsort(kind="stable")]
         order = rng.permutation(order.reshape(steps, batch_size)).flatten()
-    else:
-        order = lengths.argsort(kind="stable")
 
     mine = [order[step * batch_size:(step + 1) * batch_size][rank::world] for step in range(start, steps)]
     micro_batches = [part for batch in mine for part in np.split(batch, accumulate if pairs.train else 1)]
@@ -625,10 +590,8 @@ def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: in
 
 
 def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, workers: int = 0, device: str = "cpu") -> DataLoader:
-    """Return a DataLoader for the batches of a `plan`, which are put into its list `batch_sampler`.
-
-    Its workers outlive an epoch, since starting them can take seconds; those of the test split are needed only once.
-    """
+    """Return a DataLoader for the batches of a `plan`, which are put into its list `batch_sampler`. Its workers outlive
+    an epoch, since starting them can take seconds; those of the test split are needed only once."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete with the workers
     pairs.image_size = image_size
     return DataLoader(
@@ -639,8 +602,7 @@ def loader(pairs: Pairs, tokenizer: Tokenizer, image_size: int, workers: int = 0
 
 def start_worker(_: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # for the main process, which finishes its step first
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)  # Windows lacks the last two
 
 
 def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
@@ -652,11 +614,8 @@ def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
 
 
 def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Tokenizer:
-    """Return the tokenizer in a BERT's folder. Raises InputError if it does not belong to that BERT.
-
-    It truncates at `length`, keeping [SEP], and pads to the longest text of a batch, or to the next multiple, so that
-    torch.compile meets few lengths.
-    """
+    """Return the tokenizer in a BERT's folder, which has to belong to that BERT. It truncates at `length`, keeping
+    [SEP], and pads to the longest text of a batch, or to the next multiple, so that torch.compile meets few lengths."""
     folder = bert.folder
     try:
         if (folder / "tokenizer.json").exists():
@@ -665,9 +624,8 @@ def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Toke
             settings = folder / "tokenizer_config.json"
             c = json.loads(regular_file(settings).read_text("utf-8")) if settings.exists() else {}
             tokenizer = BertWordPieceTokenizer.from_file(
-                str(regular_file(folder / "vocab.txt")), lowercase=c.get("do_lower_case", True),
-                strip_accents=c.get("strip_accents"),
-                handle_chinese_chars=c.get("tokenize_chinese_chars", True))._tokenizer
+                str(regular_file(folder / "vocab.txt")), handle_chinese_chars=c.get("tokenize_chinese_chars", True),
+                lowercase=c.get("do_lower_case", True), strip_accents=c.get("strip_accents"))._tokenizer
         tokenizer.no_padding()
         empty, ids, size = tokenizer.encode("").ids, tokenizer.get_vocab(), bert.word_embeddings.num_embeddings
         pad, ends, last = ids.get("[PAD]"), [ids.get("[CLS]"), ids.get("[SEP]")], max(ids.values())
@@ -690,11 +648,8 @@ CELL, TILE = 34, 112  # the sides of a cell of a heat map and of a sample's imag
 
 
 def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: int = 5) -> Image.Image:
-    """Return routing.png: the mean routing weight of each expert by layer, and what the busiest of one layer are for.
-
-    routing [n, L, k] of all samples. The layer is the one whose routing differs most between samples. Where samples
-    have kinds, the mean routing of each kind in that layer is shown too.
-    """
+    """Return routing.png for the routing [n, L, k] of all samples: the mean weight of each expert by layer, and for the
+    layer whose routing differs most between samples, the mean of each kind and what the busiest experts are for."""
     n, layers, k = routing.shape
     layer = int(routing.var(0, unbiased=False).sum(-1).argmax())
     weights, title = routing[:, layer], f"Layer {layer + 1}"
@@ -706,7 +661,6 @@ def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: i
     height = max(80 + row * len(used), 190 + CELL * (layers + len(kinds)))
     page = Image.new("RGB", (right + 130 + (TILE + 40) * shown, height), "white")
     pen = ImageDraw.Draw(page)
-
     heat_map(pen, 20, 20, routing.mean(0), [f"layer {i + 1}" for i in range(layers)],
              f"Mean routing weight (%) of each expert, {n:,} {pairs.split} samples")
     if kinds != [""]:
@@ -731,12 +685,8 @@ def routing_by_kind(kinds: list[str], routing: torch.Tensor) -> tuple[list[str],
     names = sorted(set(kinds))
     member = torch.tensor([[kind == name for kind in kinds] for name in names]).float()  # [kinds, n]
     share, mean = member.mean(1), member @ routing / member.sum(1, keepdim=True)
-
-    def bits(probability: torch.Tensor) -> torch.Tensor:
-        return torch.special.entr(probability).sum(-1) / math.log(2)
-
-    most = min(float(bits(share)), math.log2(routing.shape[-1]))
-    return names, mean, float(bits(share @ mean) - share @ bits(mean)), most
+    of_kinds, of_experts, within = (torch.special.entr(p).sum(-1) / math.log(2) for p in (share, share @ mean, mean))
+    return names, mean, float(of_experts - share @ within), min(float(of_kinds), math.log2(routing.shape[-1]))
 
 
 def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, rows: list[str], title: str) -> None:
@@ -750,8 +700,8 @@ def heat_map(pen: ImageDraw.ImageDraw, x: int, y: int, values: torch.Tensor, row
         for left, value in zip(columns, row):
             shade = tuple(round(255 + (dark - 255) * value ** 0.5) for dark in (8, 48, 107))
             pen.rectangle((left, top, left + CELL - 2, top + CELL - 2), shade)
-            color = "white" if value > 0.2 else "black"
-            write(pen, left + CELL // 2, top + CELL // 2, f"{100 * value:.0f}", 12, color, "mm")
+            middle, color = (left + CELL // 2, top + CELL // 2), "white" if value > 0.2 else "black"
+            write(pen, *middle, f"{100 * value:.0f}", 12, color, "mm")
 
 
 def write(pen: ImageDraw.ImageDraw, x: int, y: int, text: str, size: int, color="black", anchor=None) -> None:
