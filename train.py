@@ -231,18 +231,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return cross-entropy for one label per sample [B], unweighted binary cross-entropy for several [B, C]."""
-    if labels.is_floating_point():
-        return F.binary_cross_entropy_with_logits(logits, labels)
-    return F.cross_entropy(logits, labels)
+    loss = F.binary_cross_entropy_with_logits if labels.is_floating_point() else F.cross_entropy
+    return loss(logits, labels)
 
 
 def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, int]:
     """Return the loss of a step and the number of the signal that asks to stop (or 0), the same in all processes.
-
     Raises InputError if the loss or the gradient's norm is not finite. With a scaler (float16) the norm may be: then
     the scaler skips the step and lowers its scale, and only a scale below 1 is an error. This is the one place in a
-    step that waits for the device, and it comes before the weights change.
-    """
+    step that waits for the device, and it comes before the weights change."""
     if not run.scaler.is_enabled():
         loss = loss.masked_fill(~torch.isfinite(norm), math.nan)  # so that all processes see it
     loss, stop = loss.cpu(), torch.tensor(run.stop_signals[0] if run.stop_signals else 0)
@@ -367,10 +364,9 @@ def finish(run: Run) -> None:
     worst = sorted(test.get("by_class", {}).items(), key=lambda item: item[1])[:5]
     say("worst classes:", ", ".join(f"{name} {score:.2f}" for name, score in worst) or "none has a score")
     if not pairs.multilabel:
-        guesses = zip(rows["labels"].tolist(), rows["logits"].argmax(-1).tolist())
-        confused = Counter((true, guess) for true, guess in guesses if true not in (guess, -1)).most_common(5)
-        told = (f"{pairs.classes[true]} taken for {pairs.classes[guess]} {n}×" for (true, guess), n in confused)
-        say("most confused:", ", ".join(told) or "none")
+        names, guesses = pairs.classes, zip(rows["labels"].tolist(), rows["logits"].argmax(-1).tolist())
+        confused = Counter(f"{names[a]} taken for {names[b]}" for a, b in guesses if a not in (b, -1))
+        say("most confused:", ", ".join(f"{pair} {n}×" for pair, n in confused.most_common(5)) or "none")
     if damaged:
         say(f"{len(damaged)} images could not be read: grey ones stood for them")
     scores = "  ".join(f"{name} {test[name]:.4f}" for name in SCORES if name in test) or "no score"
@@ -406,8 +402,7 @@ PRODUCT = 4096  # side of the matrices whose product stands for the hardware's l
 
 def predict(run: Run, inputs: list[str]) -> None:
     """Score the rows of a file into predictions.csv beside it, or print what the model says of one pair."""
-    pairs = run.splits["test"]
-    target = Path(inputs[0]).with_name("predictions.csv")
+    pairs, target = run.splits["test"], Path(inputs[0]).with_name("predictions.csv")
     if len(inputs) == 1 and target.exists():
         raise InputError(f"{target} exists and is not written over; move it away")
     _, rows = evaluate(run, "test")
@@ -509,9 +504,8 @@ def peak_memory(device: torch.device) -> float | None:
     """Return GiB: on a GPU what tensors took at most; else what this process took, where Linux tells."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return found and round(int(found[1]) / 2 ** 20, 2)
+    with contextlib.suppress(OSError, TypeError):
+        return round(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -522,11 +516,9 @@ PRETRAIN = dict(dim=64, depth=4, heads=4, mlp_dim=128, patch_size=16, text_depth
 
 def pretrain(parent: Path) -> tuple[Path, Path]:
     """Return the file of a tiny ViT and the folder of a tiny BERT, made once for each PRETRAIN.
-
     The ViT sees pictures only: each patch names what it shows, and [CLS] names the object that a white frame marks.
     The BERT sees questions only: its feature names their words, a third of them masked. (Masked words alone give all
-    questions nearly the same mean.) A prompt then has to do what the frame did: point.
-    """
+    questions nearly the same mean.) A prompt then has to do what the frame did: point."""
     folder = parent / f"shapes-encoders-{hashlib.sha256(json.dumps(PRETRAIN).encode()).hexdigest()[:8]}"
     if not folder.exists():
         p = argparse.Namespace(**PRETRAIN)
@@ -707,8 +699,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
             if getattr(args, key) != stored[key]:
                 raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)} contradicts {path}, which was made "
                                  f"with {stored[key]}; leave it out, or start a new run with another --out")
-    config = {key: value for key, value in vars(args).items() if key not in ACTIONS}
-    config["dataset"] = config["dataset"] or "shapes"
+    config = {k: v for k, v in vars(args).items() if k not in ACTIONS} | {"dataset": args.dataset or "shapes"}
     if args.benchmark and not args.dataset and args.vision + args.text != "vit_b_16" + "bert-base-uncased":
         raise InputError("--benchmark times ViT-B/16 and BERT-base; to time other encoders, name a --dataset")
     return args, config, state
@@ -741,8 +732,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def save(run: Run, name: str) -> None:
     """Write a checkpoint: what was trained, and all that it takes to go on as if nothing had happened."""
-    pairs, versions = run.splits["train"], {"torch": str(torch.__version__), "python": sys.version}
-    file = io.BytesIO()
+    pairs, versions, file = run.splits["train"], {"torch": str(torch.__version__), "python": sys.version}, io.BytesIO()
     torch.save(dict(config=run.config, versions=versions, progress=asdict(run.progress), classes=pairs.classes,
                     multilabel=pairs.multilabel, digests=digests(run), trained=run.model.trained_state(),
                     optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict()), file)
@@ -754,8 +744,7 @@ def save(run: Run, name: str) -> None:
 def restore(run: Run, state: dict) -> None:
     """Load the weights of a checkpoint; and in training, go on from there, which needs the same data as well."""
     for part, now in digests(run).items():
-        then = state["digests"].get(part)
-        if now != then and (run.optimizer or part == "tokenizer"):
+        if now != (then := state["digests"].get(part)) and (run.optimizer or part == "tokenizer"):
             raise InputError(f"the {part} is not what {run.out} began with ({now}, not {then}); give --data-dir or "
                              "--text with that, or start a new run")
     run.model.load_trained_state(state["trained"])
@@ -781,9 +770,8 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path}: no such checkpoint; expected last.pt or best.pt in the folder of a run")
     try:
         state = torch.load(regular_file(path), map_location="cpu", weights_only=True)
-        _ = state["progress"]["log"], state["optimizer"], state["scaler"], state["multilabel"]
-        config, trained, digests_ = (dict(state[key]) for key in ("config", "trained", "digests"))
-        return {**state, "config": config, "trained": trained, "digests": digests_, "classes": list(state["classes"])}
+        _ = state["progress"]["log"], state["optimizer"], state["scaler"], state["multilabel"], list(state["classes"])
+        return {**state, **{key: dict(state[key]) for key in ("config", "trained", "digests")}}
     except Exception as error:  # whatever a damaged file, or one of another program, makes of torch.load
         raise InputError(f"{path}: not a checkpoint of this version of train.py ({str(error)[:200]})") from None
 
@@ -934,23 +922,21 @@ def main(argv: list[str] | None = None) -> None:
     say(f"device: {device}, {config['precision']}, {WORLD} process{'es' if WORLD > 1 else ''}")
 
     if config["vision"] is None or config["text"] is None:  # shapes has encoders of its own
-        vision, text = pretrain(args.out.parent)
-        config.update(vision=config["vision"] or str(vision), text=config["text"] or str(text))
+        for key, made in zip(("vision", "text"), pretrain(args.out.parent)):
+            config[key] = config[key] or str(made)
     run.model = build(config, len(classes), device, dtype)
     say(run.model.report())
     bert = run.model.prior if config["main"] == "vision" else run.model.main
     run.tokenizer = data.load_tokenizer(bert, config["text_length"], 16 if config["compile"] else None)
 
     if args.benchmark:
-        benchmark(run)
-    elif args.resume or not state:
-        train(run, state)
-    else:
-        restore(run, state)
-        if args.predict:
-            predict(run, args.predict)
-        else:
-            say(f"{args.checkpoint}, test:", json.dumps(evaluate(run, "test")[0]))
+        return benchmark(run)
+    if not args.checkpoint:
+        return train(run, state)
+    restore(run, state)
+    if args.predict:
+        return predict(run, args.predict)
+    say(f"{args.checkpoint}, test:", json.dumps(evaluate(run, "test")[0]))
 
 
 def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype, encoders: dict | None = None) -> MoPE:
@@ -987,8 +973,8 @@ def cli() -> int:
         if isinstance(error, InputError):
             code = 2
         elif isinstance(error, OSError):
-            where = error.filename or "standard output, or a file of the run"
-            message = f"{where}: {error.strerror or error}; mend that, then go on with --resume"
+            message = (f"{error.filename or 'standard output, or a file of the run'}: {error.strerror or error}; mend "
+                       "that, then go on with --resume")
         elif "DataLoader worker" in message:  # killed, as a rule for want of memory shared between processes
             message += "; go on by --resume with a lower --workers, or more shared memory (docker run --shm-size 8g)"
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
