@@ -19,7 +19,7 @@ tokens then attend to them. So what is seen of x depends on y:
 
 What is trained, with ViT-B/16 + BERT-base, 101 classes and the defaults: 4 prior prompts a layer (36,864 numbers), 6
 static prompts a layer (55,296), 16 experts of 6 prompts a layer (884,736), the routers (147,456), the MLP (168,976) and
-the head (155,237). That is 0.74 % of all parameters; the abstract of paper A says 0.7 %.
+the head (155,237), in all 1,448,565 numbers or 0.74 % of all parameters; the abstract of paper A says 0.7 %.
 
 Symbols, used in every shape below. A y as in D_y marks the prior modality where both occur.
 
@@ -55,6 +55,9 @@ class InputError(ValueError):
 # The method: three kinds of prompts, the mixture of prompt experts, the importance loss
 
 
+ROUTER_SPEED = 4  # how fast routers learn: our choice, explained where they are made
+
+
 class ConditionalPrompts(nn.Module):
     """Turn psi, the feature of the prior modality, into prompts for every layer of the main encoder (paper A).
 
@@ -75,7 +78,12 @@ class ConditionalPrompts(nn.Module):
         self.static = new_prompts(init_bound, layers, n_static, dim) if n_static else None
         self.experts = new_prompts(init_bound, layers, self.k, n_dynamic, dim) if self.k else None
 
-        # The routers of all layers are one matrix. Its start makes logits with a standard deviation of about 1.
+        # The routers of all layers are one matrix. Adam changes every weight by about the learning rate in a step. A
+        # logit is a sum over D_y inputs, so it can change by the learning rate times the sum of |psi|. That grows with
+        # D_y: the softmax would saturate within the first hundred steps, and the router would stop learning. So `route`
+        # divides by D_y (the 1/fan-in rule of muP, arXiv 2203.03466), and routers learn alike for every encoder. At a
+        # temperature of 0.1 and a learning rate of 0.003, a step moves a logit by at most about 0.1. ROUTER_SPEED sets
+        # only this, since the weights start divided by it: the first logits have a standard deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)
@@ -101,27 +109,19 @@ class ConditionalPrompts(nn.Module):
 
     def forward(self, psi: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Turn psi [B, D_y] into prompts [L, B, P, D] and the noise-free routing [B, L, k]; None for what is absent."""
-        # Our choice: we normalise psi, because features of different encoders have different scales.
+        # Our choice: prompts are made from a normalised psi, because features of different encoders differ in scale.
         psi = F.layer_norm(psi, psi.shape[-1:])
         prompts, routing = [], None
         if self.static is not None:
             prompts.append(self.static.unsqueeze(1).expand(-1, psi.shape[0], -1, -1))  # [L, B, l, D]
         if self.experts is not None:
-            noisy, routing = self.route(psi)
-            # For top-1 routing, insert here: noisy = noisy * F.one_hot(noisy.argmax(-1), self.k)
+            weights, routing = self.route(psi)
+            # For top-1 routing, insert here: weights = weights * F.one_hot(weights.argmax(-1), self.k)
             # A dense mixture: dynamic prompts of layer i = the sum over j of r_i,j E_i,j, with experts E_i,j [l, D].
-            prompts.append(torch.einsum("BLk,LklD->LBlD", noisy, self.experts))
+            prompts.append(torch.einsum("BLk,LklD->LBlD", weights, self.experts))
         if self.mapper is not None:
             prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))  # [L, B, 1, D]
         return (torch.cat(prompts, dim=2) if prompts else None), routing
-
-
-# Adam changes every weight by about the learning rate in a step. A logit is a sum over D_y inputs, so it can change by
-# the learning rate times the sum of |psi|, which grows with D_y: the softmax of a wide encoder would saturate within an
-# epoch, and the router would stop learning. So we divide by D_y (the 1/fan-in rule of muP, arXiv 2203.03466), and
-# routers learn alike for every encoder. At a temperature of 0.1 and a rate of 0.003, a step moves a logit by at most
-# about 0.1.
-ROUTER_SPEED = 4  # our choice; a tie with 2 on the toy of the README, and 8 was worse
 
 
 def new_prompts(bound: float, *shape: int) -> nn.Parameter:
@@ -135,9 +135,11 @@ def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
     share the batch evenly, and k - 1 if one takes everything. Without it, routing may degenerate: the router gives a
     few experts nearly all the weight for every input, and the others get almost no gradient and stay untrained.
 
-    Where the CV² of a layer is below the threshold, the loss gives no gradient, so that the layer's router may
-    specialise a little. The sources disagree on the threshold (0.05 or 0.1) and on CV or CV². We chose CV² < 0.05,
-    layer by layer, with the population standard deviation, in the batch of one process and one micro-batch.
+    Where the CV² of a layer is below the threshold, the loss gives no gradient, so experts need not be used exactly
+    alike. Only totals over the batch count: each sample may still be sent to a single expert. The batch is that of one
+    process and one micro-batch; in a small one CV² is large by chance, and the loss stricter. The sources disagree on
+    the threshold (0.05 or 0.1) and on CV or CV². Our choice: CV² < 0.05, layer by layer, with the population standard
+    deviation.
     """
     importance = routing.float().sum(0)  # [L, k]
     cv2 = importance.var(-1, unbiased=False) / importance.mean(-1) ** 2  # [L]
@@ -161,28 +163,30 @@ def experts_per_sample(routing: Tensor) -> Tensor:
 class Output(NamedTuple):
     logits: Tensor  # [B, C]
     routing: Tensor | None  # [B, L, k], free of noise; None without experts
-    importance: Tensor  # scalar, to be added to the task's loss with a weight; 0 without a router
+    importance: Tensor  # the importance loss, a scalar: add 0.01 times it to the task's loss; 0 without a router
 
 
 class MoPE(nn.Module):
-    """Encode the prior modality, prompt the frozen main encoder with it, and classify both features.
+    """Encode the prior modality, prompt the frozen main encoder with it, and classify from both features.
 
         model = MoPE(load_vit("vit_b_16"), load_bert("bert-base-uncased"), num_classes=101)  # text prompts vision
         logits, routing, importance = model(images, input_ids)
 
     To prompt text with vision, swap them: MoPE(load_bert(...), load_vit(...), ...) and model(input_ids, images).
-    `n_prior_prompts` are ordinary learned prompts in each layer of the prior encoder, as in the code for paper B; with
-    0 of them, no gradient is computed for that encoder. The head gets both features, our choice; with `head="main"` it
-    gets the main one alone, as in the code for paper B, and if there is neither a router nor a mapper then, the model
-    uses one modality only. `finetune=True` trains the encoders too, for comparison. All other arguments go to
-    `ConditionalPrompts`. Weights stay in float32; for speed, use `cast_frozen` and autocast.
+    Each layer of the prior encoder gets `n_prior_prompts` ordinary learned prompts, as in the code for paper B; with 0
+    of them, no gradient is computed for that encoder. The head gets both features, our choice; with head="main" it gets
+    the main one alone, as in the code for paper B. If there is neither a router nor a mapper then, the prior modality
+    is not used at all, and `n_prior_prompts` has to be 0. With finetune=True the encoders are trained too, for
+    comparison. All other arguments go to `ConditionalPrompts`. Trained weights stay in float32; for speed, cast the
+    frozen ones with `cast_frozen`, and run under autocast.
 
-    Any encoder can take the place of ours: a module with `dim` (its width), `depth` (its layers) and
-    `prompt_init_bound` that keeps this contract. The README has an example.
+    Any encoder can take the place of either of ours: a module with `dim` (its width), `depth` (its layers) and
+    `prompt_init_bound` (0.06 for our ViT-B/16, 0.3 for our BERT) that keeps this contract. The README has an example.
     - `encoder(x, prompts)` returns a feature [B, D]; prompts are [L, B, P, D] or None, and all layers have one width.
     - Layer i attends to prompts[i], gradients pass through to them, and a mask of tokens leaves them all visible.
     - With causal attention, the prompts go in front: tokens cannot attend to what comes after them.
     - x is one tensor, so a mask travels inside it: as a padding id, or as ids and mask stacked.
+    A prior encoder that takes no prompts needs n_prior_prompts=0.
     """
 
     def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, n_prior_prompts: int = 4,
@@ -229,23 +233,29 @@ class MoPE(nn.Module):
         return self
 
     def forward(self, x: Tensor, y: Tensor) -> Output:
-        """Classify a batch, x of the main modality and y of the prior one: images [B, 3, S, S] uint8, texts [B, N]."""
+        """Classify a batch, x of the main modality and y of the prior one.
+
+        Images are [B, 3, S, S] uint8, RGB and not normalised; texts are ids [B, N] int64 with [CLS] and [SEP], padded.
+        """
         dtype = self.head.weight.dtype  # prompts and head are computed in the precision of their weights
+        given = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+        if given is not None:
+            given = given.unsqueeze(1).expand(-1, y.shape[0], -1, -1)
         if self.one_modality:  # nothing depends on psi
             psi = torch.zeros(x.shape[0], self.prior.dim, dtype=dtype, device=x.device)
         else:
-            given = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-            psi = self.prior(y, given if given is None else given.unsqueeze(1).expand(-1, y.shape[0], -1, -1)).to(dtype)
-
+            psi = self.prior(y, given).to(dtype)  # [B, D_y]
         with torch.autocast(psi.device.type, enabled=False):
             prompts, routing = self.prompts(psi)  # [L, B, P, D], [B, L, k]
         feature = self.main(x, prompts).to(dtype)  # [B, D]
-        if prompts is not None and prompts.requires_grad and not feature.requires_grad:
-            raise InputError(f"{type(self.main).__name__} ignores its prompts, or lets no gradient through to them; "
-                             "layer i has to attend to prompts[i], as the docstring of MoPE says")
-        with torch.autocast(psi.device.type, enabled=False):
-            logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature).float()  # [B, C]
 
+        for encoder, its_prompts, out in ((self.prior, given, psi), (self.main, prompts, feature)):
+            expected = torch.is_grad_enabled() and its_prompts is not None and its_prompts.requires_grad
+            if expected and not out.requires_grad:
+                raise InputError(f"{type(encoder).__name__} ignores its prompts, or lets no gradient through to them; "
+                                 "layer i has to attend to prompts[i], as the docstring of MoPE says")
+        with torch.autocast(psi.device.type, enabled=False):  # the head gets psi as it is, not normalised
+            logits = self.head(torch.cat([feature, psi], dim=-1) if self.head_sees_psi else feature).float()  # [B, C]
         importance = importance_loss(routing) if self.prompts.router is not None else logits.new_zeros(())
         return Output(logits, routing, importance)
 
@@ -283,7 +293,8 @@ class MoPE(nn.Module):
         facts = {"temperature": self.prompts.temperature}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
             facts |= {f"{part} {fact}": value for fact, value in (getattr(encoder, "source", None) or {}).items()}
-            facts |= {f"{part} {fact}": getattr(encoder, fact, None) for fact in ("pooling", "image_size", "mean")}
+            for fact in ("pooling", "image_size", "mean", "std"):
+                facts[f"{part} {fact}"] = getattr(encoder, fact, None)
         return facts
 
     def report(self) -> str:
@@ -315,7 +326,8 @@ class Block(nn.Module):
     The papers insert the prompts into the sequence and throw their outputs away after the layer. Within a layer, tokens
     touch each other only in attention, since norms and MLP treat each one alone. So a prompt affects the tokens only
     through its key and its value. We compute these, and no query, attention output or MLP of a prompt: the tokens come
-    out the same, with less work. Where a prompt stands does not matter, since attention knows no positions.
+    out the same, with less work. Where a prompt stands does not matter, since attention knows no positions. In a
+    pre-norm layer prompts pass through norm1, as inserted tokens would.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
@@ -379,8 +391,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
     mask [B, 1, 1, Nk]: True = this key is visible; None = all are.
     """
-    # We use PyTorch's fused kernel on CUDA, and on a CPU without a backward pass; with one, it is no faster in float32
-    # and slower in bfloat16. On Apple GPUs it has misread masks that are broadcast over heads (pytorch#184180).
+    # We use PyTorch's fused kernel on CUDA, and on a CPU where no gradient is needed; where one is, it is no faster in
+    # float32 and slower in bfloat16. On Apple GPUs it has misread masks that are broadcast over heads (pytorch#184180).
     if query.device.type == "cuda" or (query.device.type == "cpu" and not key.requires_grad):
         return F.scaled_dot_product_attention(query, key, value, mask)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, H, Nq, Nk]
