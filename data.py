@@ -569,7 +569,7 @@ def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: in
 
     In training `batch_size` samples make a step, dealt out over processes and micro-batches, and an incomplete last
     step is dropped; in evaluation every sample comes exactly once over all processes. A batch is padded to its longest
-    text, so texts of similar length are put together: in evaluation all are sorted, in training those of ten steps.
+    text, so texts of similar length are put together: in evaluation all are sorted, in training ten steps at a time.
     """
     lengths = np.array([len(pairs.sample(i, epoch).text) // 64 for i in range(len(pairs))])  # 64: some 16 word pieces
     order, steps = lengths.argsort(kind="stable"), pairs.steps(batch_size)
