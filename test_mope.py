@@ -52,6 +52,7 @@ import mope
 import train
 from mope import BERT, ConditionalPrompts, InputError, MoPE, ViT, importance_loss, load_bert, load_vit
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to it
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("MOPE_SHARED", HERE.parent / "shared"))
 
@@ -258,9 +259,9 @@ def start(argv: list[str], patch: str = "", **environment: str) -> subprocess.Po
                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def ended(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+def ended(process: subprocess.Popen, code: int = 0, timeout: int = 150) -> tuple[str, str]:
     """Wait for a program, check its exit code, and return its output and errors."""
-    said, errors = process.communicate(timeout=150)
+    said, errors = process.communicate(timeout=timeout)
     assert process.returncode == code, f"{process.returncode}: {errors}"
     return said, errors
 
@@ -347,29 +348,27 @@ def test_layer_scale_is_folded(root):
 
 def test_prompts_as_keys_and_values_equal_insert_and_drop():
     """Both encoders give, with padding too, what plain layers give with prompts inserted and their outputs dropped."""
-    model = tiny()
-    for encoder, inputs in ((model.main, pixels()), (model.prior, words())):
+    model, calls = tiny(), []
+
+    def insert_and_drop(self, x, prompts, mask, n_out):
+        calls.append(self)
+        if mask is not None:
+            mask = F.pad(mask, (5, 0), value=True)[:, None, None]
+        for i, block in enumerate(self.blocks):
+            x = block(torch.cat([prompts[i], x], 1), None, mask)[:, 5:]
+        return x
+
+    for encoder, inputs_ in ((model.main, pixels()), (model.prior, words())):
         prompts = torch.randn(encoder.depth, 4, 5, encoder.dim) * 0.5
-        calls = []
-
-        def insert_and_drop(self, x, prompts, mask, n_out):
-            calls.append(len(x))
-            if mask is not None:
-                mask = F.pad(mask, (5, 0), value=True)[:, None, None]
-            for i, block in enumerate(self.blocks):
-                x = block(torch.cat([prompts[i], x], 1), None, mask)[:, 5:]
-            return x
-
         with torch.no_grad():
-            ours = encoder(inputs, prompts)
+            ours = encoder(inputs_, prompts)
             with mock.patch.object(mope.Encoder, "run_blocks", insert_and_drop):
-                theirs = encoder(inputs, prompts)
-        assert calls and (ours - theirs).abs().max() <= 1e-5
-        assert (ours - encoder(inputs)).abs().max() > 1e-3, "prompts change the feature"
+                assert (ours - encoder(inputs_, prompts)).abs().max() <= 1e-5 and calls.pop() is encoder
+        assert (ours - encoder(inputs_)).abs().max() > 1e-3, "prompts change the feature"
 
 
-def test_features_without_padding_and_without_the_other_tokens():
-    """Padding changes no feature; nor does it that the last layer of a ViT computes [CLS] alone."""
+def test_padding_unused_tokens_and_positions_change_no_feature():
+    """Padding changes none; the last layer of a ViT computes [CLS] alone; positions are resized only when needed."""
     model, ids = tiny().eval(), words(1)
     bert, vit = model.prior, model.main
     for pooling, p in itertools.product(("mean", "cls"), (None, torch.randn(bert.depth, 1, 3, bert.dim))):
@@ -379,18 +378,15 @@ def test_features_without_padding_and_without_the_other_tokens():
     with torch.no_grad():
         assert torch.allclose(vit(pixels(), prompts), vit.tokens(pixels(), prompts)[:, 0], atol=1e-6)
 
-
-def test_positions_are_resized_only_when_needed():
     positions = torch.randn(1, 1 + 16, 8)
+    smaller, larger = mope.resize_positions(positions, 2), mope.resize_positions(torch.ones(1, 17, 8), 7)
     assert mope.resize_positions(positions, 4) is positions
-    smaller = mope.resize_positions(positions, 2)
     assert smaller.shape == (1, 5, 8) and torch.equal(smaller[:, 0], positions[:, 0])
-    constant = mope.resize_positions(torch.ones(1, 17, 8), 7)
-    assert torch.allclose(constant, torch.ones(1, 50, 8), atol=1e-5)
+    assert torch.allclose(larger, torch.ones(1, 50, 8), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Prompts, router, importance
+# The method: prompts, router, importance, fusion
 
 
 def test_each_prompt_type_can_be_absent():
@@ -425,15 +421,12 @@ def test_dynamic_prompts_are_the_mixture_of_the_paper():
 
 
 def test_router_noise_is_for_training_only():
+    """And one expert needs no router."""
     prompts = ConditionalPrompts(3, 24, 16, 0.5, n_static=0, mapped=False)
     psi = torch.randn(4, 16)
     (one, clean_one), (two, clean_two) = prompts.train()(psi), prompts(psi)
     assert not torch.equal(one, two) and torch.equal(clean_one, clean_two), "importance sees no noise"
-    (one, _), (two, _) = prompts.eval()(psi), prompts(psi)
-    assert torch.equal(one, two)
-
-
-def test_one_expert_needs_no_router():
+    assert torch.equal(prompts.eval()(psi)[0], prompts(psi)[0])
     model = tiny(n_experts=1)
     logits, routing, importance = model(pixels(), words())
     assert model.prompts.router is None and importance == 0 and torch.equal(routing, torch.ones(4, 3, 1))
@@ -457,10 +450,6 @@ def test_importance_loss():
     loss = importance_loss(logits.requires_grad_().softmax(-1))
     loss.backward()
     assert loss > 0.1 and logits.grad[:, 0].abs().max() == 0 and logits.grad[:, 1].abs().max() > 0
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Fusion model
 
 
 def test_frozen_stays_bitwise_and_every_trainable_moves():
@@ -554,12 +543,12 @@ def test_export_with_any_batch_size():
 
 
 def test_trainable_share_of_vit_b_16_and_bert_base():
-    model = MoPE(ViT(), BERT(), 101)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    assert trained / total <= 0.0075
-    report = model.report()
-    assert f"{total:,}" in report and f"{trained:,}" in report and f"{trained / total:.2%}" in report
+    with torch.device("meta"):
+        model = MoPE(ViT(), BERT(), 101)
+    trained_, total = mope.count(model)[::-1]
+    assert total == sum(p.numel() for p in model.parameters())
+    assert trained_ == sum(p.numel() for p in model.parameters() if p.requires_grad) <= 0.0075 * total
+    assert all(part in model.report() for part in (f"{total:,}", f"{trained_:,}", f"{trained_ / total:.2%}"))
 
 
 def test_trained_state_goes_to_a_fresh_process(root):
@@ -1374,7 +1363,7 @@ def test_errors_of_the_machine_are_one_sentence():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Every run ends, runs nothing else, and writes over nothing
+# Every run ends and harms nothing; nothing is wrong in silence; what is good is not refused
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -1506,10 +1495,6 @@ def test_one_process_trains_in_a_folder(root):
         kill_all(process)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Nothing is wrong in silence
-
-
 def test_tokenizer_and_encoder_belong_together(root):
     make_bert(root)
     bert = BERT(len(WORDS), 16, 1, 2, 16, 40)
@@ -1594,10 +1579,6 @@ def test_resume_needs_the_data_and_encoders_as_they_were(root):
             refused(lambda: train.main(run), "prior config.json" if name == config else "is not what")
         path.write_bytes(before)
     train.main(run)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What is good is not refused
 
 
 def test_odd_metadata_do_no_harm(root):
@@ -1711,10 +1692,6 @@ def test_labels_can_be_numbers_or_lacking_or_several(root):
     argv = arguments(root, *more, "--data-dir", "~/rows", "--epochs", "1", "--out", f"{root}/names")
     assert r"gr\xfcn" in ended(start(argv, HOME=str(root), PYTHONIOENCODING="ascii"))[0]
     assert not (HERE / "~").exists() and (root / "names/results.json").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Sentences instead of tracebacks, and new rows
 
 
 def test_checkpoints_of_other_programs_are_told_in_a_sentence(root):
@@ -1871,10 +1848,6 @@ def test_ranks_get_the_checkpoint_from_the_first(root):
         group.assert_called_once_with(backend="nccl")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The router, and what the redesign brought
-
-
 def test_router_starts_alike_and_moves_alike_whatever_the_width():
     moved = []
     for width in (64, 384, 768):
@@ -2000,21 +1973,30 @@ def test_readme_commands_parse():
 # Speed and memory, on an idle machine: MOPE_BENCHMARK=1 python test_mope.py benchmark
 
 
-def tell(*words: object) -> None:
-    print(*words, file=sys.__stdout__)
+def need_idle_machine() -> None:
+    if not os.environ.get("MOPE_BENCHMARK"):
+        raise unittest.SkipTest("takes minutes and an idle machine: set MOPE_BENCHMARK=1")
 
 
 def medians(calls: dict, repeats: int = 7) -> dict[str, float]:
     """Return the seconds that each call takes, measured in turn, the first time not counted."""
-    if not os.environ.get("MOPE_BENCHMARK"):
-        raise unittest.SkipTest("takes minutes and an idle machine: set MOPE_BENCHMARK=1")
     seconds = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
+    for _, (name, call) in itertools.product(range(repeats + 1), calls.items()):
+        began = time.perf_counter()
+        call()
+        seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def tell(*words_: object) -> None:
+    print(*words_, file=sys.__stdout__)
+
+
+def step(model: torch.nn.Module, dtype: torch.dtype, images: torch.Tensor, ids: torch.Tensor) -> None:
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(model.training):
+        out = model(images, ids)
+    if model.training:
+        (out.logits.float().logsumexp(-1).mean() + out.importance).backward()
 
 
 class InsertAndDrop(torch.nn.Module):
@@ -2036,7 +2018,7 @@ class InsertAndDrop(torch.nn.Module):
         self.prompts = ConditionalPrompts(depth, dim, dim, 0.05)
         self.head = torch.nn.Linear(2 * dim, 101)
 
-    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, ids: torch.Tensor) -> mope.Output:
         psi = self.norm_text(self.words(ids) + self.places[:, :ids.shape[1]])
         for layer in self.text:
             psi = layer(psi, src_key_padding_mask=ids == 0)
@@ -2045,57 +2027,42 @@ class InsertAndDrop(torch.nn.Module):
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
         for layer, own in zip(self.vision, self.prompts(psi.float())[0]):
             x = layer(torch.cat([x, own], 1))[:, :197]
-        return self.head(torch.cat([self.norm(x)[:, 0], psi], -1))
+        return mope.Output(self.head(torch.cat([self.norm(x)[:, 0], psi], -1)), None, 0)
 
 
 def test_benchmark_against_insert_and_drop():
+    need_idle_machine()
     torch.manual_seed(0)
-    images, ids, labels = pixels(8, 224), torch.randint(1, 30_000, (8, 24)), torch.arange(8)
-    for dtype, least in ((torch.float32, 1.15), (torch.bfloat16, 1.6)):
+    batch = pixels(8, 224), torch.randint(1, 30_000, (8, 24))
+    for dtype, training, least in ((torch.float32, True, 1.15), (torch.float32, False, 0), (torch.bfloat16, True, 1.6),
+                                   (torch.bfloat16, False, 1.2)):
         if dtype == torch.bfloat16:
             need_bfloat16()
         ours, usual = MoPE(ViT(), BERT(), 101, n_prior_prompts=0).cast_frozen(dtype), InsertAndDrop()
-
-        def step(model):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                out = model(images, ids)
-            logits = out.logits if isinstance(out, mope.Output) else out
-            F.cross_entropy(logits.float(), labels).backward()
-
-        @torch.no_grad()
-        def forward(model):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                model(images, ids)
-
-        t = medians({"ours": lambda: step(ours), "usual": lambda: step(usual)})
-        ours.eval(), usual.eval()
-        e = medians({"ours": lambda: forward(ours), "usual": lambda: forward(usual)})
-        tell(f"{dtype}: training {8 / t['ours']:.2f} images/s, {t['usual'] / t['ours']:.2f} times insert-and-drop; "
-              f"evaluation {8 / e['ours']:.2f} images/s, {e['usual'] / e['ours']:.2f} times")
-        assert t["usual"] / t["ours"] >= least and (e["usual"] / e["ours"] >= 1.2 or dtype == torch.float32)
+        ours.train(training), usual.train(training)
+        t = medians({"ours": lambda: step(ours, dtype, *batch), "usual": lambda: step(usual, dtype, *batch)})
+        tell(f"{dtype}, {'training' if training else 'evaluation'}: {8 / t['ours']:.2f} images/s, "
+             f"{t['usual'] / t['ours']:.2f} times insert-and-drop")
+        assert t["usual"] / t["ours"] >= least
 
 
 def test_benchmark_experts_are_free():
+    need_idle_machine()
     torch.manual_seed(0)
-    images, ids = pixels(32, 224), torch.randint(1, 30_000, (32, 24))
+    batch = pixels(32, 224), torch.randint(1, 30_000, (32, 24))
     models = {k: MoPE(ViT(), BERT(), 101, n_prior_prompts=0, n_experts=k).cast_frozen(torch.bfloat16) for k in (1, 64)}
-
-    def step(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(images, ids)
-            (out.logits.float().logsumexp(-1).mean() + out.importance).backward()
-
-    t = medians({k: lambda k=k: step(models[k]) for k in models}, repeats=9)
+    t = medians({k: lambda k=k: step(models[k], torch.bfloat16, *batch) for k in models}, repeats=9)
     tell(f"64 experts against 1, batch 32: {t[64] / t[1]:.3f} times the time")
     assert t[64] / t[1] <= 1.03
 
 
 def test_benchmark_memory():
-    medians({})  # skips
+    need_idle_machine()
     peak = {}
     for flags in ("--method mope", "--method finetune", "--experts 1", "--experts 64"):
-        done = run(["--benchmark", "--device", "cpu", "--batch-size", "8", "--prior-prompts", "0", *flags.split()], 900)
-        peak[flags] = float(re.search(r"peak memory ([\d.]+) GiB", done.stdout)[1])
+        said, _ = ended(start(["--benchmark", "--device", "cpu", "--batch-size", "8", "--prior-prompts", "0",
+                               *flags.split()], OMP_NUM_THREADS=str(torch.get_num_threads())), timeout=900)
+        peak[flags] = float(re.search(r"peak memory ([\d.]+) GiB", said)[1])
     tell(f"peak memory of the process at batch 8, GiB: {peak}")
     assert peak["--method mope"] <= 0.55 * peak["--method finetune"]
     assert peak["--experts 64"] <= 1.05 * peak["--experts 1"]
@@ -2103,6 +2070,7 @@ def test_benchmark_memory():
 
 def test_benchmark_loader(root):
     """One core is compared with decoding in full, resizing and cropping apart, and normalising floats on the CPU."""
+    need_idle_machine()
     t, bicubic = torchvision.transforms, torchvision.transforms.InterpolationMode.BICUBIC
     floats = [t.ToTensor(), t.Normalize(ViT(8, 8, 8, 1, 1).mean, ViT(8, 8, 8, 1, 1).std)]
     usual = {"training": t.Compose([t.RandomResizedCrop(224, (0.6, 1), interpolation=bicubic),
@@ -2119,8 +2087,7 @@ def test_benchmark_loader(root):
             drawn = np.random.default_rng(0) if split == "training" else None
             s = medians({"ours": lambda: data.decode(root / "a.jpg", 224, drawn, flip=True),
                          "usual": lambda: transform(Image.open(root / "a.jpg").convert("RGB"))}, repeats=50)
-            tell(f"{split}, {width} px wide: {1 / s['ours']:.0f} images/s a core, "
-                  f"{s['usual'] / s['ours']:.2f} times")
+            tell(f"{split}, {width} px wide: {1 / s['ours']:.0f} images/s a core, {s['usual'] / s['ours']:.2f} times")
             assert s["usual"] / s["ours"] >= 1.8
     torch.set_num_threads(threads)
 
