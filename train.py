@@ -732,7 +732,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def save(run: Run, name: str) -> None:
     """Write a checkpoint: what was trained, and all that it takes to go on as if nothing had happened."""
-    pairs, versions, file = run.splits["train"], {"torch": str(torch.__version__), "python": sys.version}, io.BytesIO()
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
+    pairs, file = run.splits["train"], io.BytesIO()
     torch.save(dict(config=run.config, versions=versions, progress=asdict(run.progress), classes=pairs.classes,
                     multilabel=pairs.multilabel, digests=digests(run), trained=run.model.trained_state(),
                     optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict()), file)
