@@ -489,12 +489,27 @@ def test_modes_of_training_and_evaluation():
         assert psi[0].requires_grad == bool(count), "a prior without prompts runs without autograd"
 
 
-def test_inputs_that_do_not_fit_are_refused():
+def test_inputs_and_encoders_that_do_not_fit_are_refused():
     refused(lambda: tiny()(pixels().float() / 255, words()), "torch.float32", "uint8")
     refused(lambda: tiny()(pixels(size=40), words()), "[4, 3, 40, 40]", "[B, 3, 32, 32]")
     refused(lambda: tiny()(pixels(), words(length=17)), "17 word pieces", "at most 16")
     for layers in (2, 4):
         refused(lambda: tiny().main(pixels(), torch.zeros(layers, 4, 1, 24)), kind=ValueError)
+
+    class Deaf(torch.nn.Module):
+        dim, depth, prompt_init_bound, hears = 24, 3, 0.1, False
+
+        def forward(self, x: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
+            assert prompts.shape[:2] == (3, 4) and prompts.shape[3] == 24
+            feature = x.float().mean((1, 2, 3))[:, None].expand(-1, 24)
+            return feature + prompts.mean((0, 2)) if self.hears else feature
+
+    model = MoPE(Deaf(), tiny().prior, 5)
+    refused(lambda: model(pixels(), words()), "Deaf ignores its prompts")
+    with torch.no_grad():
+        model(pixels(), words())  # without gradients it cannot be known
+    model.main.hears = True
+    assert model(pixels(), words()).logits.shape == (4, 5)
 
 
 def test_head_can_see_one_feature():
@@ -556,23 +571,22 @@ def test_trained_state_goes_to_a_fresh_process(root):
     vit, bert = load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert")
     model = MoPE(vit, bert, 5, n_experts=4).eval()
     images, ids, state = pixels(), words() % len(WORDS), model.trained_state()
-    torch.save(state, root / "trained.pt")
-    torch.save((images, ids), root / "inputs.pt")
+    torch.save((state, images, ids), root / "saved.pt")
     program = f"""if True:
         import torch, mope
+        state, *inputs = torch.load("{root}/saved.pt", weights_only=True)
         model = mope.MoPE(mope.load_vit("{root}/vit.pth", 32), mope.load_bert("{root}/bert"), 5, n_experts=4)
-        model.load_trained_state(torch.load("{root}/trained.pt", weights_only=True)).eval()
-        torch.save(model(*torch.load("{root}/inputs.pt")).logits.detach(), "{root}/logits.pt")"""
+        torch.save(model.load_trained_state(state).eval()(*inputs).logits.detach(), "{root}/logits.pt")"""
     subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE, capture_output=True)
     assert torch.equal(read(root / "logits.pt"), model(images, ids).logits)
 
     torch.save({k: v + 1 for k, v in read(root / "vit.pth").items()}, root / "other.pth")
     other = load_vit(f"{root}/other.pth", 32)
-    for backbone, classes, settings, state_, *hints in (
+    for backbone, classes, settings, given, *hints in (
             (other, 5, {}, state, "main sha256", "vit.pth"), (vit, 5, {}, {"model": 1}, "weights and backbones"),
             (vit, 5, dict(temperature=0.2), state, "temperature is 0.2"), (vit, 6, {}, state, "misshapen", "head")):
-        model_ = MoPE(backbone, bert, classes, n_experts=4, **settings)
-        refused(lambda: model_.load_trained_state(state_), *hints)
+        wrong = MoPE(backbone, bert, classes, n_experts=4, **settings)
+        refused(lambda: wrong.load_trained_state(given), *hints)
 
     # what counts is what a tensor is, not whether it requires a gradient when it is saved
     names = state["weights"].keys()
@@ -653,20 +667,44 @@ def test_broken_bert_folders_are_explained(root):
 
 
 def test_hub_id_is_downloaded_by_huggingface_hub(root):
-    weights = make_bert(root / "hub")
-    calls = []
-
-    def snapshot(repo, revision=None, allow_patterns=()):
-        calls.append((repo, revision, allow_patterns[0]))
-        if repo != "someone/small-bert":
-            raise OSError("404\nand more")
-        return str(root / "hub")
-
-    with mock.patch("huggingface_hub.snapshot_download", snapshot):
+    weights, gone = make_bert(root), OSError("404\nand more")
+    with mock.patch("huggingface_hub.snapshot_download", side_effect=[str(root), str(root), gone]) as download:
         assert torch.equal(load_bert("someone/small-bert").norm.weight, weights["embeddings.LayerNorm.weight"])
-        assert [first for *_, first in calls] == ["model.safetensors", "pytorch_model.bin"]
         refused(lambda: load_bert("bert-base-uncased"), "google-bert/bert-base-uncased", "404)", "give a folder")
-    assert calls[-1][:2] == mope.BERT_BASE
+    first, second, base = download.call_args_list
+    assert first.args == second.args == ("someone/small-bert",)
+    assert [call.kwargs["allow_patterns"][0] for call in (first, second)] == ["model.safetensors", "pytorch_model.bin"]
+    assert (*base.args, base.kwargs["revision"]) == mope.BERT_BASE
+
+
+def test_plain_vits_of_timm_bring_their_own_statistics(root):
+    """They are model.safetensors and config.json, in a folder or on the hub."""
+    timm, hub_id = root / "timm", "timm/vit_base_patch16_224.augreg_in21k"
+    timm.mkdir()
+    vit = ViT(32, 8, 64, 2, 4, 64, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    weights = {k.replace("patch_embed.", "patch_embed.proj."): v for k, v in vit.state_dict().items()}
+    write_safetensors(timm / "model.safetensors", weights | {"head.weight": torch.ones(7, 64)})
+    config = dict(architecture="vit", pretrained_cfg=dict(mean=[0.5] * 3, std=[0.5] * 3))
+    (timm / "config.json").write_text(json.dumps(config))
+    with mock.patch("huggingface_hub.snapshot_download", return_value=str(timm)) as download:
+        for name in (str(timm), hub_id):
+            loaded = load_vit(name, 32)
+            assert loaded.mean == loaded.std == (0.5,) * 3
+            with torch.no_grad():
+                assert torch.equal(loaded(pixels()), vit(pixels()))
+    assert [call.args[0] for call in download.call_args_list] == [hub_id]
+    said = output(lambda: print(load_vit(f"{timm}/model.safetensors", 32).mean))
+    assert "pixels of mean (0.485, 0.456, 0.406) and std" in said, "a bare file: it says what it takes"
+    assert said.endswith("\n(0.485, 0.456, 0.406)\n")
+
+    for change in ({"reg_token": torch.ones(1, 4, 64)}, {"cls_token": None},
+                   {"blocks.0.attn.q_norm.weight": torch.ones(16)}):
+        torch.save({k: v for k, v in {**weights, **change}.items() if v is not None}, root / "other.pth")
+        refused(lambda: load_vit(f"{root}/other.pth", 32), "other.pth")
+    (timm / "config.json").write_text(json.dumps({**config, "model_args": {"num_heads": 8}}))
+    assert load_vit(str(timm), 32).blocks[0].attn.heads == 8
+    (timm / "config.json").write_text("[1]")
+    refused(lambda: load_vit(str(timm), 32), "config.json")
 
 
 def test_named_vision_weights_are_checked_by_hash(root):
@@ -805,7 +843,10 @@ def test_every_kind_of_image_becomes_upright_rgb(root):
 
 
 def test_decoding_and_resizing_lose_nothing(root):
-    """A large JPEG at a reduced scale gives what full decoding gives, to a rounding; and resizing is Pillow's."""
+    """A large JPEG at a reduced scale gives what full decoding gives, to a rounding; and resizing is Pillow's.
+
+    Random crops leave the global generator alone.
+    """
     x, y = np.meshgrid(np.arange(640), np.arange(480))
     image = np.stack([127 + 120 * np.sin(x / 40), 127 + 120 * np.sin(y / 30), (x + y) % 256 / 2], -1)
     Image.fromarray(image.astype(np.uint8)).save(root / "large.jpg", quality=95)
@@ -821,10 +862,7 @@ def test_decoding_and_resizing_lose_nothing(root):
         expected = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)
         assert (data.resize(np.array(image), size).int() - expected.int()).abs().max() <= 2
 
-
-def test_random_crops_leave_the_global_generator_alone(root):
-    image = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
-    Image.fromarray(image).save(root / "a.png")
+    image.save(root / "a.png")
     before = torch.random.get_rng_state()
     one, two, other = (data.decode(root / "a.png", 32, np.random.default_rng(seed), True) for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
@@ -992,17 +1030,15 @@ def test_shapes_need_both_modalities():
     for column in (0, 1):  # no two objects of an image share a shape or a colour
         assert all(len(set(row[row > 0])) == 3 for row in cells[..., column])
     tiles = images.reshape(300, 2, 16, 2, 16, 3).swapaxes(2, 3).reshape(300, 4, 256, 3)
-    painted = (tiles.max(-1) != tiles.min(-1)).any(-1)  # the ground is grey
-    assert (painted == there).all()
+    assert ((tiles.max(-1) != tiles.min(-1)).any(-1) == there).all(), "the ground is grey"
 
-    samples = data.Shapes(Path()).load_split("val")
+    samples, again, test = (data.Shapes(Path()).load_split(name) for name in ("val", "val", "test"))
     answers = {}
     for sample in samples:
         answers.setdefault(sample.text, set()).add(sample.label)
     assert min(map(len, answers.values())) >= 3, "a question alone leaves its answer open"
-    again = data.Shapes(Path()).load_split("val")
     assert all(a.text == b.text and (a.image == b.image).all() for a, b in zip(samples, again))
-    assert not any((a.image == b.image).all() for a, b in zip(samples, data.Shapes(Path()).load_split("test")))
+    assert not any((a.image == b.image).all() for a, b in zip(samples, test))
 
 
 def test_default_run_pretrains_its_encoders_once(root):
@@ -1166,17 +1202,6 @@ def test_numbers_that_are_not_finite_are_refused(root):
         for action in (["--eval"], ["--predict", f"{root}/rows.jsonl"], ["--predict", photo, "a photo"]):
             refused(lambda: train.main([*action, "--checkpoint", f"{out}/nan.pt"]), "not finite", "float32")
         assert not (root / "predictions.csv").exists()
-
-
-def test_failed_write_leaves_the_old_file(root):
-    train.write(root / "file", "old")
-    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
-        refused(lambda: train.write(root / "file", "new"), kind=OSError)
-    assert (root / "file").read_text() == "old" and [f.name for f in root.iterdir()] == ["file"]
-    for number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # of a file system that cannot sync
-        with mock.patch("os.fsync", side_effect=OSError(number, "cannot sync")):
-            train.write(root / "file", str(number))
-        assert (root / "file").read_text() == str(number)
 
 
 def test_parts_of_a_batch_give_the_weights_of_the_whole(root):
@@ -1471,6 +1496,16 @@ def test_nothing_is_written_over(root):
     refused(lambda: train.main(arguments(root, "--out", "")), "--out is empty")
     assert set(os.listdir()) == here, "an empty name is no folder"
 
+    file, before = root / "file", set(root.iterdir())
+    train.write(file, "old")
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        refused(lambda: train.write(file, "new"), kind=OSError)
+    assert file.read_text() == "old" and set(root.iterdir()) == before | {file}, "a failed write leaves the old file"
+    for number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # of a file system that cannot sync
+        with mock.patch("os.fsync", side_effect=OSError(number, "cannot sync")):
+            train.write(file, str(number))
+        assert file.read_text() == str(number)
+
 
 def test_one_process_trains_in_a_folder(root):
     """The second is refused; one that was killed leaves the folder free, even where a worker of it lives on."""
@@ -1518,43 +1553,6 @@ def test_tokenizer_and_encoder_belong_together(root):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
     tokenizer.save(str(root / "tokenizer.json"))
     refused(lambda: data.load_tokenizer(bert, 16), "does not belong", "[CLS] and [SEP]")
-
-
-def make_timm(path: Path, **config) -> ViT:
-    """Write a random ViT in timm's format: model.safetensors and config.json."""
-    path.mkdir()
-    torch.manual_seed(1)
-    vit = ViT(32, 8, 64, 2, 4, 64, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
-    weights = {k.replace("patch_embed.", "patch_embed.proj."): v for k, v in vit.state_dict().items()}
-    write_safetensors(path / "model.safetensors", weights | {"head.weight": torch.ones(7, 64)})
-    pixels_ = dict(mean=[0.5] * 3, std=[0.5] * 3)
-    (path / "config.json").write_text(json.dumps(dict(architecture="vit", pretrained_cfg=pixels_, **config)))
-    return vit
-
-
-def test_plain_vits_of_timm_bring_their_own_statistics(root):
-    vit, hub_id = make_timm(root / "timm"), "timm/vit_base_patch16_224.augreg_in21k"
-    with mock.patch("huggingface_hub.snapshot_download", return_value=str(root / "timm")) as download:
-        for name in (str(root / "timm"), hub_id):
-            loaded = load_vit(name, 32)
-            assert loaded.mean == loaded.std == (0.5,) * 3
-            with torch.no_grad():
-                assert torch.equal(loaded(pixels()), vit(pixels()))
-    assert [call.args[0] for call in download.call_args_list] == [hub_id]
-    loaded = []
-    said = output(lambda: loaded.append(load_vit(f"{root}/timm/model.safetensors", 32)))
-    assert loaded[0].mean == (0.485, 0.456, 0.406)
-    assert "pixels of mean (0.485, 0.456, 0.406) and std" in said, "a bare file: it says what it takes"
-    make_timm(root / "eight", model_args={"num_heads": 8})
-    assert load_vit(f"{root}/eight", 32).blocks[0].attn.heads == 8
-
-    weights = mope.read_weights(root / "timm/model.safetensors")
-    for change in ({"reg_token": torch.ones(1, 4, 64)}, {"cls_token": None},
-                   {"blocks.0.attn.q_norm.weight": torch.ones(16)}):
-        torch.save({k: v for k, v in {**weights, **change}.items() if v is not None}, root / "other.pth")
-        refused(lambda: load_vit(f"{root}/other.pth", 32), "other.pth")
-    (root / "timm/config.json").write_text("[1]")
-    refused(lambda: load_vit(f"{root}/timm", 32), "config.json")
 
 
 def test_resume_needs_the_data_and_encoders_as_they_were(root):
@@ -1866,23 +1864,6 @@ def test_router_starts_alike_and_moves_alike_whatever_the_width():
         moved.append((logits(psi[:1]) - before[:1]).abs().max().item())
         assert 0.02 < moved[-1] < 0.5, f"width {width}: a step moves logits by {moved[-1]:.3f}"
     assert max(moved) < 1.5 * min(moved)
-
-
-def test_encoder_that_ignores_its_prompts_is_refused():
-    class Deaf(torch.nn.Module):
-        dim, depth, prompt_init_bound, hears = 24, 3, 0.1, False
-
-        def forward(self, x: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
-            assert prompts.shape[:2] == (3, 4) and prompts.shape[3] == 24
-            feature = x.float().mean((1, 2, 3))[:, None].expand(-1, 24)
-            return feature + prompts.mean((0, 2)) if self.hears else feature
-
-    model = MoPE(Deaf(), tiny().prior, 5)
-    refused(lambda: model(pixels(), words()), "Deaf ignores its prompts")
-    with torch.no_grad():
-        model(pixels(), words())  # without gradients it cannot be known
-    model.main.hears = True
-    assert model(pixels(), words()).logits.shape == (4, 5)
 
 
 def test_picture_of_the_routing():
