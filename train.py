@@ -6,8 +6,7 @@
     python train.py --resume runs/food101                     go on after Ctrl-C, a crash or a kill
     python train.py --dataset food101 --help                  all flags, with the defaults of that data set
 
-Contents: defaults - training (the loop) - evaluation - predict, summarize, benchmark - the toy's encoders - settings -
-files of a run - processes and signals - main.
+Contents: defaults, training, evaluation, prediction and tables, the toy's encoders, settings, files, processes, main.
 """
 
 from __future__ import annotations
@@ -15,44 +14,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import datetime
 import errno
 import functools
 import hashlib
 import io
-
 import json
 import math
 import multiprocessing
 import os
-
 import re
 import signal
-
 import sys
 import tempfile
 import time
-
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-
-
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from mope import BERT, InputError, MoPE, ViT, count, experts_per_sample, experts_used, load_bert, load_vit, regular_file
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+AS_MANY_AS_MOPE = -1  # as many static prompts as MoPE has prompts of all kinds
 
 # A flag overrides each of these. text_length counts word pieces with [CLS] and [SEP]; the toy's own encoders are None.
 DEFAULTS = {
@@ -67,7 +58,6 @@ DEFAULTS = {
 }
 
 # --method chooses one of these: they differ in sizes, in what is trained and in what the head sees.
-AS_MANY_AS_MOPE = -1  # as many static prompts as MoPE has prompts of all kinds
 METHODS = {
     "mope":        dict(),
     "mapped":      dict(experts=0),  # static and mapped prompts
@@ -106,7 +96,7 @@ class Run:
     splits: dict[str, data.Pairs] = field(default_factory=dict)
     tokenizer: data.Tokenizer | None = None
     loaders: dict[str, data.DataLoader] = field(default_factory=dict)
-    network: torch.nn.Module | None = None  # the model, in DistributedDataParallel if there are several processes
+    network: torch.nn.Module | None = None  # the model in DistributedDataParallel, if there are several processes
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     progress: Progress = field(default_factory=Progress)
@@ -126,30 +116,26 @@ class Run:
         keys, pinned = ("images", "texts", "labels"), self.device.type == "cuda"  # an Apple GPU might copy freed memory
         images, texts, labels = (batch[key].to(self.device, non_blocking=pinned) for key in keys)
         if self.config["compile"]:  # one graph for all lengths of texts, and for the last batch of an evaluation
-            torch._dynamo.maybe_mark_dynamic(texts, 1)
+            torch._dynamo.maybe_mark_dynamic(texts, [1] if self.model.training else [0, 1])
             if not self.model.training:
                 torch._dynamo.maybe_mark_dynamic(images, 0)
-                torch._dynamo.maybe_mark_dynamic(texts, 0)
-        x, y = (images, texts) if self.config["main"] == "vision" else (texts, images)
+        inputs = (images, texts) if self.config["main"] == "vision" else (texts, images)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return *(network or self.model)(x, y), labels
+            return *(network or self.model)(*inputs), labels
 
     def loss(self, batch: dict, network: torch.nn.Module | None = None) -> torch.Tensor:
-        """Return the task's loss plus the weighted importance loss."""
         logits, _, importance_loss, labels = self.forward(batch, network)
         return task_loss(logits, labels) + self.config["importance"] * importance_loss
 
 
 def train(run: Run, state: dict | None) -> None:
     """Train from the start, or from a checkpoint, and evaluate on the test split."""
-    config, device = run.config, run.device
     run.optimizer = torch.optim.AdamW(
-        (p for p in run.model.parameters() if p.requires_grad), lr=config["lr"], weight_decay=config["weight_decay"],
-        fused=device.type in ("cpu", "cuda"))
-    run.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)  # otherwise it does nothing
-    run.network = run.model
+        (p for p in run.model.parameters() if p.requires_grad), lr=run.config["lr"],
+        weight_decay=run.config["weight_decay"], fused=run.device.type in ("cpu", "cuda"))
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)  # otherwise it does nothing
     if WORLD > 1:  # signals, losses and metrics go over the CPU (`start_processes`), gradients from GPU to GPU
-        group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        group = dist.new_group(backend="nccl") if run.device.type == "cuda" else None
         run.network = DistributedDataParallel(run.model, process_group=group, broadcast_buffers=False,
                                               gradient_as_bucket_view=True)
     with lock(run.out), orderly_stop(run):
@@ -391,9 +377,6 @@ def predictions(pairs: data.Pairs, rows: dict) -> str:
     return file.getvalue()
 
 
-
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Predict, summarize, benchmark
 
@@ -451,6 +434,8 @@ def summarize(folders: list[Path]) -> str:
 
 def benchmark(run: Run, repeats: int = 10) -> None:
     """Print what loader, training step and evaluation take, and their share of a large matrix product's rate."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
     config, model = run.config, run.model
     if run.splits:
         batches = iter(run.batches("train"))
@@ -833,16 +818,13 @@ def start_processes() -> None:
         raise InputError(f"{max(WORLD, tasks)} processes cannot talk without {', '.join(sorted(missing))}: start them "
                          "by torchrun --nproc_per_node=N train.py, or a single one without WORLD_SIZE and SLURM_NTASKS")
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=2))
 
 
 def say(*words: object) -> None:
     if RANK == 0:
         tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
-
-
-
 
 
 def gather(items: list) -> list:
@@ -855,9 +837,6 @@ def gather(items: list) -> list:
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or another of SIGNALS (its number is the argument) came, and the step in hand is finished."""
-
-
-
 
 
 @contextlib.contextmanager
