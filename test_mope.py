@@ -69,10 +69,15 @@ def shared(path: str) -> Path:
 
 @contextlib.contextmanager
 def folder():
-    """Yield a temporary folder; what is downloaded goes below it too."""
+    """Yield a temporary folder and make it the current one; what is downloaded goes below it too."""
+    before = os.getcwd()
     with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, TORCH_HOME=name):
         with mock.patch("torch.hub._hub_dir", None):
-            yield Path(name)
+            os.chdir(name)
+            try:
+                yield Path(name)
+            finally:
+                os.chdir(before)
 
 
 if "pytest" in sys.modules:
@@ -81,17 +86,6 @@ if "pytest" in sys.modules:
         """Hand it to each test that asks for it, as the runner at the end of this file does."""
         with folder() as path:
             yield path
-
-
-@contextlib.contextmanager
-def working_in(path: Path):
-    """Make a folder the current one."""
-    before = os.getcwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def refused(call, *words: str, kind: type = InputError) -> str:
@@ -870,11 +864,9 @@ def test_decoding_and_resizing_lose_nothing(root):
 
 
 def test_batches_depend_on_neither_workers_nor_resume(root):
-    make_food(root)
-    make_bert(root / "bert")
-    splits = data.load("food101", root)
-    pairs = splits["train"]
-    tokenizer = data.load_tokenizer(load_bert(str(root / "bert")), 12)
+    arguments(root)
+    splits = data.load("food101", root / "food")
+    pairs, tokenizer = splits["train"], data.load_tokenizer(load_bert(str(root / "bert")), 12)
     loaders = {workers: data.loader(pairs, tokenizer, 32, workers) for workers in (0, 2)}
 
     def batches(workers: int, epoch: int, start: int = 0, **kwargs) -> list:
@@ -885,8 +877,7 @@ def test_batches_depend_on_neither_workers_nor_resume(root):
     assert len(one) == 3 and same(one, two) and not same(one, batches(0, 4))
     assert same(one[2:], batches(0, 3, start=2)) and same(one[1:], batches(2, 3, start=1)), "workers live on"
     assert one[0]["texts"][:, 0].unique().tolist() == [2] and one[0]["texts"].shape[1] <= 12
-    ends = [row[row != 0][-1].item() for row in one[0]["texts"]]
-    assert set(ends) == {3}, "[SEP] survives truncation"
+    assert {row[row != 0][-1].item() for row in one[0]["texts"]} == {3}, "[SEP] survives truncation"
 
     dealt = [batches(0, 3, rank=r, world=2, accumulate=3) for r in (0, 1)]
     assert [len(d) for d in dealt] == [9, 9] and all(len(b["index"]) == 2 for d in dealt for b in d)
@@ -949,20 +940,19 @@ def test_jsonl_errors_name_file_and_line(root):
     assert len(load(train="\ufeff" + good + "\n\n" + other)["train"]) == 2, "a byte order mark and blank lines"
     train_ = load(train=several, val=several, test=several)["train"]
     assert train_.multilabel and train_.classes == ["b", "c"] and train_[0, 0][3].tolist() == [1, 1]
-    for name, content, hint in (
-            ("train", good + "\n" + good.encode("utf-16").decode("latin-1"), "train.jsonl:2"),
-            ("train", good.encode() + b'\n{"text": "\xe9"}', "train.jsonl:2"), ("train", "[1]", "train.jsonl:1"),
-            ("train", good + "\n{", "train.jsonl:2"), ("train", good.replace('"x"', r'"\ud83d"'), "surrogates"),
-            ("train", good.replace('"b"', r'"\ud83d"'), "surrogates"),
-            ("train", good.replace("a.png", r"\ud83d.png"), "surrogates"),
-            ("train", good.replace("a.png", "a" * 999), "missing or cannot be read"),
-            ("train", good.replace('"b"', "1.5"), "must be strings"),
-            ("train", good.replace('"b"', "null"), "no label"),
-            ("val", '{"image": "a.png", "label": "b"}', "val.jsonl:1"),
-            ("test", "", "test split is empty"), ("test", good.replace('"b"', '"z"'), "'z'"),
-            ("val", several, "one of the 2 classes"), ("train", good + "\n" + several, "one of the")):
-        message = refused(lambda: load(**{name: content}), hint)
+    for content, hint in (
+            (good + "\n" + good.encode("utf-16").decode("latin-1"), "train.jsonl:2"), ("[1]", "train.jsonl:1"),
+            (good.encode() + b'\n{"text": "\xe9"}', "train.jsonl:2"), (good + "\n{", "train.jsonl:2"),
+            (good.replace('"x"', r'"\ud83d"'), "surrogates"), (good.replace('"b"', r'"\ud83d"'), "surrogates"),
+            (good.replace("a.png", r"\ud83d.png"), "surrogates"), (good.replace('"b"', "1.5"), "must be strings"),
+            (good.replace("a.png", "a" * 999), "missing or cannot be read"), (good.replace('"b"', "null"), "no label"),
+            (good + "\n" + several, "one of the")):
+        message = refused(lambda: load(train=content), hint)
         assert hint != "surrogates" or len(message) < 500
+    refused(lambda: load(val='{"image": "a.png", "label": "b"}'), "val.jsonl:1")
+    refused(lambda: load(val=several), "one of the 2 classes")
+    refused(lambda: load(test=""), "test split is empty")
+    refused(lambda: load(test=good.replace('"b"', '"z"')), "'z'")
 
 
 def test_classes_are_shown_and_have_to_be_several(root):
@@ -1077,7 +1067,7 @@ def test_real_layouts():
 # Training
 
 
-def test_metrics():
+def test_metrics_and_learning_rate():
     logits, labels = torch.tensor([[2.0, 1], [0, 1], [3, 0], [0, 5]]), torch.tensor([0, 0, 0, 1])
     result = train.metrics(logits, labels, ["a", "b"])
     assert result["accuracy"] == 0.75 and result["by_class"] == {"a": 0.6667, "b": 1.0}
@@ -1086,9 +1076,6 @@ def test_metrics():
     result = train.metrics(chosen, true, ["a", "b", "c"])
     # a: TP 2; b: TP 1, FP 1, FN 1; c: nothing
     assert abs(result["f1_micro"] - 6 / 8) < 1e-6 and abs(result["f1_macro"] - (1 + 0.5 + 0) / 3) < 1e-6
-
-
-def test_learning_rate_is_a_function_of_the_step():
     rates = [train.learning_rate(s, 100, 1.0) for s in range(100)]
     assert max(rates) == 1 and rates.index(1.0) in (4, 5) and rates[0] == 0.2
     assert all(a > b for a, b in zip(rates[5:], rates[6:])) and 0 < rates[-1] < 0.01
@@ -1241,7 +1228,11 @@ def test_compiled_model_meets_few_shapes():
     And a batch may hold one sample.
     """
     from torch._dynamo.testing import CompileCounter
-    counter, model, compiled = CompileCounter(), MoPE(ViT(32, 8, 24, 2, 2, 48), BERT(50, 16, 2, 2, 32, 64), 5), []
+
+    def small() -> MoPE:
+        return MoPE(ViT(32, 8, 24, 1, 2, 48), BERT(50, 16, 1, 2, 32, 64), 5)
+
+    counter, model, compiled = CompileCounter(), small(), []
     model.compile(backend=counter)
     for _ in range(2):
         for length in (16, 32, 48, 64):
@@ -1249,7 +1240,7 @@ def test_compiled_model_meets_few_shapes():
         compiled.append(counter.frame_count)
     assert 0 < compiled[0] == compiled[1] <= 2
 
-    model = tiny().eval()
+    model = small().eval()
     exact = model(pixels(1), words(1)).logits
     model.compile(backend=CompileCounter())
     run = train.Run({"compile": True, "main": "vision"}, Path(), torch.device("cpu"), torch.float32, model)
@@ -1804,14 +1795,33 @@ def test_fused_attention_is_for_devices_that_read_its_mask():
         refused(lambda: mope.attend(q, k, v, mask), "fused", kind=AssertionError)
 
 
-def test_precision_follows_the_card():
+def test_precision_and_ranks_follow_the_cards(root):
+    """Ranks have the checkpoint from the first; each takes the card of its own number; gradients share their memory."""
+    gpu = torch.device("cuda", 3)
     for capability, kind in (((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
                              ((9, 0), torch.bfloat16)):
         with mock.patch("torch.cuda.get_device_capability", return_value=capability):
-            assert train.pick_precision("auto", torch.device("cuda", 0)) == kind
-            assert train.pick_precision("float32", torch.device("cuda", 0)) == torch.float32
+            assert train.pick_precision("auto", gpu) == kind and train.pick_precision("float32", gpu) == torch.float32
     for kind in ("cpu", "mps"):
         assert train.pick_precision("auto", torch.device(kind)) == torch.float32
+
+    stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
+    state = train.load_checkpoint(root / "run/last.pt")
+    with mock.patch.multiple(train, RANK=1, WORLD=2, gather=lambda items: items + [state]):
+        with mock.patch("train.load_checkpoint", side_effect=AssertionError("rank 1 has no such file")):
+            assert train.resolve(["--resume", "/elsewhere/run"])[1] == state["config"]
+    four = dict(is_available=lambda: True, device_count=lambda: 4, set_device=mock.Mock())
+    with mock.patch.multiple(torch.cuda, **four), mock.patch.dict(os.environ, LOCAL_RANK="3"):
+        assert train.pick_device("cuda") == gpu
+    four["set_device"].assert_called_once_with(gpu)
+    with mock.patch("train.WORLD", 2), mock.patch("torch.distributed.new_group") as group:
+        for kind in ("cpu", "cuda"):
+            run = train.Run({"lr": 1.0, "weight_decay": 0.0}, root, torch.device(kind), torch.float32, tiny())
+            with mock.patch("train.DistributedDataParallel", side_effect=InputError("wrapped")) as wrapped:
+                refused(lambda: train.train(run, None), "wrapped")
+            asked = wrapped.call_args.kwargs
+            assert asked["broadcast_buffers"] is False and asked["gradient_as_bucket_view"] is True
+        group.assert_called_once_with(backend="nccl")
 
 
 def test_workers_live_as_long_as_they_are_needed(root):
@@ -1822,28 +1832,6 @@ def test_workers_live_as_long_as_they_are_needed(root):
     for split in ("train", "val", "test"):
         loader = run.batches(split, 0)
         assert loader.persistent_workers == (split != "test") and run.batches(split, 1) is loader
-
-
-def test_ranks_get_the_checkpoint_from_the_first(root):
-    """They may have no access to its file; each takes the card of its own number; gradients share their memory."""
-    stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
-    state = train.load_checkpoint(root / "run/last.pt")
-    with mock.patch.multiple(train, RANK=1, WORLD=2, gather=lambda items: items + [state]):
-        with mock.patch("train.load_checkpoint", side_effect=AssertionError("rank 1 has no such file")):
-            assert train.resolve(["--resume", "/elsewhere/run"])[1] == state["config"]
-    four = dict(is_available=lambda: True, device_count=lambda: 4, set_device=mock.Mock())
-    with mock.patch.multiple(torch.cuda, **four), mock.patch.dict(os.environ, LOCAL_RANK="3"):
-        assert train.pick_device("cuda") == torch.device("cuda", 3)
-    four["set_device"].assert_called_once_with(torch.device("cuda", 3))
-
-    with mock.patch("train.WORLD", 2), mock.patch("torch.distributed.new_group") as group:
-        for kind in ("cpu", "cuda"):
-            run = train.Run({"lr": 1.0, "weight_decay": 0.0}, root, torch.device(kind), torch.float32, tiny())
-            with mock.patch("train.DistributedDataParallel", side_effect=InputError("wrapped")) as wrapped:
-                refused(lambda: train.train(run, None), "wrapped")
-            asked = wrapped.call_args.kwargs
-            assert asked["broadcast_buffers"] is False and asked["gradient_as_bucket_view"] is True
-        group.assert_called_once_with(backend="nccl")
 
 
 def test_router_starts_alike_and_moves_alike_whatever_the_width():
@@ -1911,7 +1899,7 @@ def test_readme_snippets_run_as_typed(root):
     """Run all Python in the README, top to bottom, with small encoders in place of the two that it names."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     space, original = {}, data.load_tokenizer
-    with working_in(root), contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         train.main(arguments(root, "--image-size", "224", "--epochs", "1", "--out", "runs/food101"))
         for name in ("apple.jpg", "pears.jpg"):
             shutil.copy(root / "food/images/test/red/red_0.jpg", name)
