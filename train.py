@@ -124,6 +124,7 @@ class Run:
             return *(network or self.model)(*inputs), labels
 
     def loss(self, batch: dict, network: torch.nn.Module | None = None) -> torch.Tensor:
+        """Return the task's loss plus the weighted importance loss."""
         logits, _, importance_loss, labels = self.forward(batch, network)
         return task_loss(logits, labels) + self.config["importance"] * importance_loss
 
