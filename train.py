@@ -957,9 +957,11 @@ def cli() -> int:
             message = (f"{error.filename or 'standard output, or a file of the run'}: {error.strerror or error}; mend "
                        "that, then go on with --resume")
         elif "DataLoader worker" in message:  # killed, as a rule for want of memory shared between processes
-            message += "; go on by --resume with a lower --workers, or more shared memory (docker run --shm-size 8g)"
+            message += ("; go on by --resume with fewer --workers, 0 for none, or give a container more shared memory "
+                        "(docker run --shm-size 8g)")
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
-            message = "out of memory; --resume with a higher --accumulate, or start with a lower --batch-size"
+            message = ("out of memory; --resume with a higher --accumulate, or start with a lower --batch-size, "
+                       "--image-size or --text-length")
         else:
             sys.excepthook(*sys.exc_info())
             return code
