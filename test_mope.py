@@ -427,6 +427,26 @@ def test_router_noise_is_for_training_only():
     assert not any("router" in name for name, _ in model.named_parameters())
 
 
+def test_router_starts_alike_and_moves_alike_whatever_the_width():
+    moved = []
+    for width in (64, 384, 768):
+        torch.manual_seed(0)
+        prompts = ConditionalPrompts(12, 24, width, 0.1, n_static=0, n_experts=16, n_dynamic=1, mapped=False).eval()
+        psi = torch.randn(64, width) * 5 + 1
+
+        def logits(psi: torch.Tensor) -> torch.Tensor:  # [B, L, k], up to a constant, read off the softmax
+            return (lambda logs: logs - logs.mean(-1, keepdim=True))(prompts(psi)[1].log())
+
+        before = logits(psi).detach()
+        assert 0.85 < before.std() < 1.15, f"width {width}: logits start with a deviation of {before.std():.2f}"
+        optimizer = torch.optim.AdamW(prompts.router.parameters(), lr=3e-3)
+        (-prompts(psi[:1])[1].log()[..., 0].mean()).backward()
+        optimizer.step()
+        moved.append((logits(psi[:1]) - before[:1]).abs().max().item())
+        assert 0.02 < moved[-1] < 0.5, f"width {width}: a step moves logits by {moved[-1]:.3f}"
+    assert max(moved) < 1.5 * min(moved)
+
+
 def test_importance_loss():
     uniform, one_expert = torch.full((8, 3, 4), 0.25), torch.eye(4)[1].expand(8, 3, 4)
     turns = F.one_hot(torch.arange(8) % 4, 4).float().unsqueeze(1)
@@ -1061,6 +1081,43 @@ def test_real_layouts():
         assert (len(set(drawn)) > 1) == name.startswith("grocery"), "pairs are drawn anew each epoch"
         assert len({splits["test"].sample(3, epoch).text for epoch in range(8)}) == 1
     assert splits["train"].notes == []
+
+
+def test_picture_of_the_routing():
+    """It needs no new Pillow (before 10.1 there is one font of one size, of Latin-1 only), and tells of the kinds."""
+    even, each = torch.full((4, 2), 0.5), torch.eye(2)[[0, 1, 0, 1]]
+    for routing, bits in ((even, 0.0), (each, 1.0)):
+        names, mean, told, most = data.routing_by_kind(["a", "b", "a", "b"], routing)
+        assert names == ["a", "b"] and torch.equal(mean, routing[:2])
+        assert abs(told - bits) < 1e-6 and abs(most - 1) < 1e-6
+    *_, told, most = data.routing_by_kind(list("abcd"), each)
+    assert abs(told - 1) < 1e-6 and abs(most - 1) < 1e-6, "two experts tell one bit of two"
+
+    text, grey = "long " * 40 + "寿司 …", np.zeros((8, 8, 3), np.uint8)
+    samples = [data.Sample(f"{'ab'[i % 2]}-{i}", grey, f"{text} {i}", "a") for i in range(6)]
+    pairs = data.Pairs(data.Shapes(Path()), "test", samples, ["a", "b"], False, 0)
+    pairs.image_size = 8
+    routing = torch.eye(4)[[0, 1] * 3][:, None].expand(6, 3, 4)
+    whole = data.plot_routing(pairs, routing)
+    assert len(whole.getcolors(1 << 24)) > 50
+    if not hasattr(PIL.ImageFont, "load_default_imagefont"):
+        raise unittest.SkipTest("this Pillow cannot load the old font by name")
+    old = PIL.ImageFont.load_default_imagefont()
+    with mock.patch("PIL.ImageFont.load_default", lambda: old):  # with a size: TypeError, as before 10.1
+        assert data.plot_routing(pairs, routing).size == whole.size
+
+
+def test_layout_of_ones_own_as_the_docstring_shows(root):
+    [example] = re.findall(r"\n( +class Memes.*?)\n\n +Then name it", data.Layout.__doc__, re.S)
+    space = {"Layout": data.Layout, "Sample": data.Sample}
+    exec(textwrap.dedent(example), space)
+    (root / "img").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "img/a.png")
+    for split in ("train", "val", "test"):
+        (root / f"{split}.tsv").write_text("a.png\tfunny\tyes\na.png\tnot\tno\n")
+    with mock.patch.dict(data.DATASETS, memes=space["Memes"]):
+        splits = data.load("memes", root)
+    assert splits["train"].classes == ["no", "yes"] and not splits["test"][0, 1][-1]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1832,63 +1889,6 @@ def test_workers_live_as_long_as_they_are_needed(root):
     for split in ("train", "val", "test"):
         loader = run.batches(split, 0)
         assert loader.persistent_workers == (split != "test") and run.batches(split, 1) is loader
-
-
-def test_router_starts_alike_and_moves_alike_whatever_the_width():
-    moved = []
-    for width in (64, 384, 768):
-        torch.manual_seed(0)
-        prompts = ConditionalPrompts(12, 24, width, 0.1, n_static=0, n_experts=16, n_dynamic=1, mapped=False).eval()
-        psi = torch.randn(64, width) * 5 + 1
-
-        def logits(psi: torch.Tensor) -> torch.Tensor:  # [B, L, k], up to a constant, read off the softmax
-            return (lambda logs: logs - logs.mean(-1, keepdim=True))(prompts(psi)[1].log())
-
-        before = logits(psi).detach()
-        assert 0.85 < before.std() < 1.15, f"width {width}: logits start with a deviation of {before.std():.2f}"
-        optimizer = torch.optim.AdamW(prompts.router.parameters(), lr=3e-3)
-        (-prompts(psi[:1])[1].log()[..., 0].mean()).backward()
-        optimizer.step()
-        moved.append((logits(psi[:1]) - before[:1]).abs().max().item())
-        assert 0.02 < moved[-1] < 0.5, f"width {width}: a step moves logits by {moved[-1]:.3f}"
-    assert max(moved) < 1.5 * min(moved)
-
-
-def test_picture_of_the_routing():
-    """It needs no new Pillow (before 10.1 there is one font of one size, of Latin-1 only), and tells of the kinds."""
-    even, each = torch.full((4, 2), 0.5), torch.eye(2)[[0, 1, 0, 1]]
-    for routing, bits in ((even, 0.0), (each, 1.0)):
-        names, mean, told, most = data.routing_by_kind(["a", "b", "a", "b"], routing)
-        assert names == ["a", "b"] and torch.equal(mean, routing[:2])
-        assert abs(told - bits) < 1e-6 and abs(most - 1) < 1e-6
-    *_, told, most = data.routing_by_kind(list("abcd"), each)
-    assert abs(told - 1) < 1e-6 and abs(most - 1) < 1e-6, "two experts tell one bit of two"
-
-    text, grey = "long " * 40 + "寿司 …", np.zeros((8, 8, 3), np.uint8)
-    samples = [data.Sample(f"{'ab'[i % 2]}-{i}", grey, f"{text} {i}", "a") for i in range(6)]
-    pairs = data.Pairs(data.Shapes(Path()), "test", samples, ["a", "b"], False, 0)
-    pairs.image_size = 8
-    routing = torch.eye(4)[[0, 1] * 3][:, None].expand(6, 3, 4)
-    whole = data.plot_routing(pairs, routing)
-    assert len(whole.getcolors(1 << 24)) > 50
-    if not hasattr(PIL.ImageFont, "load_default_imagefont"):
-        raise unittest.SkipTest("this Pillow cannot load the old font by name")
-    old = PIL.ImageFont.load_default_imagefont()
-    with mock.patch("PIL.ImageFont.load_default", lambda: old):  # with a size: TypeError, as before 10.1
-        assert data.plot_routing(pairs, routing).size == whole.size
-
-
-def test_layout_of_ones_own_as_the_docstring_shows(root):
-    [example] = re.findall(r"\n( +class Memes.*?)\n\n +Then name it", data.Layout.__doc__, re.S)
-    space = {"Layout": data.Layout, "Sample": data.Sample}
-    exec(textwrap.dedent(example), space)
-    (root / "img").mkdir()
-    Image.new("RGB", (8, 8)).save(root / "img/a.png")
-    for split in ("train", "val", "test"):
-        (root / f"{split}.tsv").write_text("a.png\tfunny\tyes\na.png\tnot\tno\n")
-    with mock.patch.dict(data.DATASETS, memes=space["Memes"]):
-        splits = data.load("memes", root)
-    assert splits["train"].classes == ["no", "yes"] and not splits["test"][0, 1][-1]
 
 
 # ---------------------------------------------------------------------------------------------------------
