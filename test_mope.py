@@ -67,6 +67,9 @@ def shared(path: str) -> Path:
     return SHARED / path
 
 
+STARTED = []  # programs, which `folder` kills with their workers, whatever is left of them
+
+
 @contextlib.contextmanager
 def folder():
     """Yield a temporary folder and make it the current one; what is downloaded goes below it too."""
@@ -78,6 +81,9 @@ def folder():
                 yield Path(name)
             finally:
                 os.chdir(before)
+                while STARTED:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(STARTED.pop().pid, signal.SIGKILL)
 
 
 if "pytest" in sys.modules:
@@ -248,9 +254,10 @@ def start(argv: list[str], patch: str = "", **environment: str) -> subprocess.Po
     """Start train.py as a program of its own, after some lines that patch what it imports."""
     program = (f"import os, runpy, sys, torch\n{patch}\nsys.path.insert(0, '.')\n"
                "runpy.run_path('train.py', run_name='__main__')")
-    return subprocess.Popen([sys.executable, "-c", program, *argv], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    STARTED.append(subprocess.Popen(
+        [sys.executable, "-c", program, *argv], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}))
+    return STARTED[-1]
 
 
 def ended(process: subprocess.Popen, code: int = 0, timeout: int = 150) -> tuple[str, str]:
@@ -269,16 +276,6 @@ def same(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
-
-def same_runs(a: Path, b: Path) -> None:
-    """Check that two runs ended alike: weights, optimizer, log and metrics."""
-    for name, key in itertools.product(("last.pt", "best.pt"), ("trained", "optimizer", "progress")):
-        assert same(read(a / name)[key], read(b / name)[key]), f"{name}: {key} differs"
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (a, b)]
-    assert same(*logs) and [line["epoch"] for line in logs[0]] == [1, 2, 3]
-    one, two = (read(run / "results.json") for run in (a, b))
-    assert one["test"] == two["test"] and one["validation"] == two["validation"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -884,9 +881,15 @@ def test_decoding_and_resizing_lose_nothing(root):
 
 
 def test_batches_depend_on_neither_workers_nor_resume(root):
-    arguments(root)
+    """And workers live as long as they are needed."""
+    config = vars(train.parse(arguments(root, "--workers", "2")))
     splits = data.load("food101", root / "food")
     pairs, tokenizer = splits["train"], data.load_tokenizer(load_bert(str(root / "bert")), 12)
+    run = train.Run(config, root, torch.device("cpu"), torch.float32, None, splits, tokenizer)
+    for split in ("train", "val", "test"):
+        loader = run.batches(split, 0)
+        assert loader.persistent_workers == (split != "test") and run.batches(split, 1) is loader
+
     loaders = {workers: data.loader(pairs, tokenizer, 32, workers) for workers in (0, 2)}
 
     def batches(workers: int, epoch: int, start: int = 0, **kwargs) -> list:
@@ -973,17 +976,6 @@ def test_jsonl_errors_name_file_and_line(root):
     refused(lambda: load(val=several), "one of the 2 classes")
     refused(lambda: load(test=""), "test split is empty")
     refused(lambda: load(test=good.replace('"b"', '"z"')), "'z'")
-
-
-def test_classes_are_shown_and_have_to_be_several(root):
-    for label in ("a", []):
-        rows = write_rows(root, train=[label] * 8, val=[label], test=[label])
-        refused(lambda: data.load("jsonl", rows), "classes", "expected two or more")
-    write_rows(root, train=[["a"], []] * 4, val=[["a"]], test=[[]])
-    assert data.load("jsonl", root)["train"].classes == ["a"], "a question of yes or no"
-    write_rows(root, train=["a", "a ", "b", "c", "d", "e"] * 2, val=["a"], test=["a"])
-    argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(root), "--out", f"{root}/run")
-    assert "6 classes: 'a', 'a ', 'b', 'c', 'd', …" in output(lambda: stop_in_the_first_step(argv))
 
 
 def make_grocery(root: Path, numbers: tuple = (0, 1, 2)) -> Path:
@@ -1196,10 +1188,17 @@ def test_interrupted_or_killed_and_resumed_equals_uninterrupted(root):
     assert errors.count("once more to leave at once") == 2 and "Traceback" not in errors
     at = read(root / "stopped/last.pt")["progress"]
     assert at["epoch"] == 1 and 0 < at["step"] < 6, "stopped inside the second epoch"
+
     train.main([*argv, "--out", f"{root}/whole"])
     for name in ("stopped", "killed"):
         train.main(["--resume", f"{root}/{name}", "--workers", "0"])
-        same_runs(root / "whole", root / name)
+        runs = root / "whole", root / name
+        for file, key in itertools.product(("last.pt", "best.pt"), ("trained", "optimizer", "progress")):
+            assert same(*(read(run / file)[key] for run in runs)), f"{name}/{file}: {key} differs"
+        logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in runs]
+        assert same(*logs) and [line["epoch"] for line in logs[0]] == [1, 2, 3]
+        one, two = (read(run / "results.json") for run in runs)
+        assert one["test"] == two["test"] and one["validation"] == two["validation"]
 
 
 def test_signals_stop_in_order_and_the_same_again_at_once(root):
@@ -1439,81 +1438,60 @@ def test_errors_of_the_machine_are_one_sentence():
 # Every run ends and harms nothing; nothing is wrong in silence; what is good is not refused
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """Kill a program and its workers, whatever is left of them."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-FAIL_IN_A_STEP = "torch.nn.utils.clip_grad_norm_ = lambda *a: 1 / 0"
-REFUSE_A_FORK = """
-forks, fork = [], os.fork
-def refuse():
-    forks.append(1)
-    if len(forks) == 2: raise BlockingIOError(11, 'no more processes')
-    return fork()
-os.fork = refuse"""
-
-
 def test_every_failure_ends_the_program(root):
     """It does so with two loader workers, and in each of two processes; the reason is told last."""
-    argv = arguments(root)
+    argv, fail_in_a_step = arguments(root), "torch.nn.utils.clip_grad_norm_ = lambda *a: 1 / 0"
+    refuse_a_fork = ("n, fork = [], os.fork\n"
+                     "def refuse():\n"
+                     "    n.append(1)\n"
+                     "    if len(n) == 2: raise BlockingIOError(11, 'no more processes')\n"
+                     "    return fork()\n"
+                     "os.fork = refuse")
     both, workers = [*argv, "--out"], [*argv, "--workers", "2", "--out"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         two = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
-    cases = (("division by zero", 1, start([*workers, f"{root}/a"], FAIL_IN_A_STEP)),
-             ("no more processes", 1, start([*workers, f"{root}/b"], REFUSE_A_FORK)),
-             ("Broken pipe", 1, start([*workers, f"{root}/c"])),  # as with `| head -1`
-             ("--data-dir", 2, start([*argv, "--data-dir", f"{root}/nothing"])),
-             ("division by zero", 1, start([*both, f"{root}/d"], FAIL_IN_A_STEP, RANK="1", LOCAL_RANK="1", **two)),
+    pipe = start([*workers, f"{root}/c"])
+    cases = (("division by zero", 1, start([*workers, f"{root}/a"], fail_in_a_step)),
+             ("no more processes", 1, start([*workers, f"{root}/b"], refuse_a_fork)),
+             ("Broken pipe", 1, pipe), ("--data-dir", 2, start([*argv, "--data-dir", f"{root}/nothing"])),
+             ("division by zero", 1, start([*both, f"{root}/d"], fail_in_a_step, RANK="1", LOCAL_RANK="1", **two)),
              ("", None, start([*both, f"{root}/d"], RANK="0", LOCAL_RANK="0", **two)))
-    pipe = cases[2][2]
     pipe.stdout.readline()
-    pipe.stdout.close()
+    pipe.stdout.close()  # as with `| head -1`
     pipe.stdout = None
-    try:
-        for reason, code, process in cases:
-            _, said = process.communicate(timeout=100)  # workers hold these pipes as well
-            assert process.returncode in ((code,) if code else (1, 2)), f"{reason}: {process.returncode} {said}"
-            assert reason in said.splitlines()[-1] and (code != 2 or said.startswith("error: ")), said
-    finally:
-        for *_, process in cases:
-            kill_all(process)
+    for reason, code, process in cases:
+        _, said = process.communicate(timeout=100)  # workers hold these pipes as well
+        assert process.returncode in ((code,) if code else (1, 2)), f"{reason}: {process.returncode} {said}"
+        assert reason in said.splitlines()[-1] and (code != 2 or said.startswith("error: ")), said
 
 
 def test_only_regular_files_are_opened(root):
     """A named pipe would be read for ever, and a device grows without bound."""
     arguments(root)
-    write_rows(root, train=["b", "c"], val=["b", "c"], test=["b", "c"])
-    make_grocery(root / "grocery")
+    make_grocery(write_rows(root, train=["b", "c"], val=["b", "c"], test=["b", "c"]))
     (root / "film/dataset").mkdir(parents=True)
     (root / "film/split.json").write_text('{"train": ["1"], "dev": ["1"], "test": ["1"]}')
-    bert = load_bert(str(root / "bert"))
-    (root / "bert/tokenizer.json").touch()
-    cases = {"red.jpg": lambda: data.decode(root / "red.jpg", 32), "train.jsonl": lambda: data.load("jsonl", root),
-             "food/texts/train_titles.csv": lambda: data.load("food101", root / "food"),
-             "film/dataset/1.json": lambda: data.load("mmimdb", root / "film"),
-             "film/split.json": lambda: data.load("mmimdb", root / "film"),
-             "grocery/dataset/Pear.txt": lambda: data.load("grocery", root / "grocery"),
-             "grocery/dataset/classes.csv": lambda: data.load("grocery", root / "grocery"),
-             "bert/tokenizer.json": lambda: data.load_tokenizer(bert, 16),
-             "bert/vocab.txt": lambda: data.load_tokenizer(bert, 16),
-             "bert/pytorch_model.bin": lambda: load_bert(str(root / "bert")),
-             "bert/config.json": lambda: load_bert(str(root / "bert")), "vit.pth": lambda: load_vit(f"{root}/vit.pth"),
-             "best.pt": lambda: train.main(["--eval", "--checkpoint", f"{root}/best.pt"]),
-             "rows.jsonl": lambda: data.unlabelled([f"{root}/rows.jsonl"], ["b", "c"], False)}
-    told = []
-    for name, call in cases.items():
+    bert, told = load_bert("bert"), []
+    Path("bert/tokenizer.json").touch()
+    cases = ((lambda: data.decode(Path("red.jpg"), 32), "red.jpg"), (lambda: data.load("jsonl", root), "train.jsonl"),
+             (lambda: data.load("food101", root / "food"), "food/texts/train_titles.csv"),
+             (lambda: data.load("mmimdb", root / "film"), "film/dataset/1.json", "film/split.json"),
+             (lambda: data.load("grocery", root), "dataset/Pear.txt", "dataset/classes.csv"),
+             (lambda: data.load_tokenizer(bert, 16), "bert/tokenizer.json", "bert/vocab.txt"),  # one hides the other
+             (lambda: load_bert("bert"), "bert/pytorch_model.bin", "bert/config.json"),
+             (lambda: load_vit("vit.pth"), "vit.pth"),
+             (lambda: train.main(["--eval", "--checkpoint", "best.pt"]), "best.pt"),
+             (lambda: data.unlabelled(["rows.jsonl"], ["b", "c"], False), "rows.jsonl"))
+    for path, call in ((Path(name), call) for call, *names in cases for name in names):
         for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
-            (root / name).unlink(missing_ok=True)
-            make(root / name)
-            work = threading.Thread(daemon=True, target=lambda: told.append(
-                refused(call, "not a regular file", Path(name).name)))
+            path.unlink(missing_ok=True)
+            make(path)
+            check = functools.partial(refused, call, "not a regular file", path.name)
+            work = threading.Thread(daemon=True, target=lambda: told.append(check()))
             work.start()
             work.join(10)
-            assert told, f"{name}: read, or still waiting after 10 s"
-            told.clear()
-        (root / name).unlink()  # then tokenizer.json no longer hides vocab.txt
+            assert told and told.pop(), f"{path}: read, or still waiting after 10 s"
+        path.unlink()
 
 
 def test_no_picture_starts_a_program(root):
@@ -1564,18 +1542,15 @@ def test_one_process_trains_in_a_folder(root):
               "torch.nn.utils.clip_grad_norm_ = hold")
     argv, run = arguments(root, "--out", f"{root}/run"), root / "run"
     process = start(argv, holder)
-    try:
-        assert "held\n" in iter(process.stdout.readline, ""), process.stderr.read()
-        (run / "config.json").unlink()
-        (run / "log.jsonl").unlink()
-        (run / "last.pt").rename(root / "last.pt")
-        refused(lambda: train.main(argv), "another process", "--out")
-        process.kill()
-        process.wait()
-        (root / "last.pt").rename(run / "last.pt")
-        train.main(["--resume", str(run)])
-    finally:
-        kill_all(process)
+    assert "held\n" in iter(process.stdout.readline, ""), process.stderr.read()
+    (run / "config.json").unlink()
+    (run / "log.jsonl").unlink()
+    (run / "last.pt").rename(root / "last.pt")
+    refused(lambda: train.main(argv), "another process", "--out")
+    process.kill()
+    process.wait()
+    (root / "last.pt").rename(run / "last.pt")
+    train.main(["--resume", str(run)])
 
 
 def test_tokenizer_and_encoder_belong_together(root):
@@ -1711,33 +1686,42 @@ def test_weights_in_wrappings_are_unwrapped(root):
 def test_labels_can_be_numbers_or_lacking_or_several(root):
     """Whole numbers are names; test rows without a label get a prediction; names need not fit the terminal.
 
-    Several labels are joined so that they can be parted.
+    Several labels are joined so that they can be parted. Classes are shown, and have to be several.
     """
     rows = root / "rows"
-    more = ["--dataset", "jsonl", "--data-dir", str(rows)]
-    write_rows(rows, train=[0, 1] * 20, val=[0, 1], test=[..., 1, None])
-    said = output(lambda: trained(root, "run", *more))
-    assert "2 classes: '0', '1'" in said and "on 1 labelled samples" in said
-    table = read(root / "run/predictions.csv")
-    assert [row["label"] for row in table] == ["", "1", ""] and {row["prediction"] for row in table} <= {"0", "1"}
-    assert table[0]["image"] == f"{rows}/red.jpg" and table[0]["text"] == "a photo of thing 0"
-    write_rows(rows, test=[...])
-    assert "no score" in output(lambda: trained(root, "unknown", *more))
+    more = ["--dataset", "jsonl", "--data-dir", "~/rows"]
+    for label in ("a", []):
+        write_rows(rows, train=[label] * 8, val=[label], test=[label])
+        refused(lambda: data.load("jsonl", rows), "classes", "expected two or more")
+    write_rows(rows, train=[["a"], []] * 4, val=[["a"]], test=[[]])
+    assert data.load("jsonl", rows)["train"].classes == ["a"], "a question of yes or no"
 
-    labels = [["a|b", 'c"'], ["a|b"], ['c"'], []]
-    write_rows(rows, train=labels * 5, val=labels, test=labels[:2])
-    table = read(trained(root, "several", *more) / "predictions.csv")
-    assert list(table[0]) == ["id", "image", "text", "label", "prediction", "probability"]
-    assert [json.loads(row["label"]) for row in table] == labels[:2]
-    for row in table:
-        chosen, probability = json.loads(row["prediction"]), json.loads(row["probability"])
-        assert len(chosen) == len(probability) and set(chosen) <= {"a|b", 'c"'}
-        assert all(p > 0.5 for p in probability) and row["image"].endswith(".jpg")
+    with mock.patch.dict(os.environ, HOME=str(root)):
+        write_rows(rows, train=["a", "a ", "b", "c", "d", "e"] * 2, val=["a"], test=["a"])
+        said = output(lambda: stop_in_the_first_step(arguments(root, *more, "--out", f"{root}/many")))
+        assert "6 classes: 'a', 'a ', 'b', 'c', 'd', …" in said
+        write_rows(rows, train=[0, 1] * 20, val=[0, 1], test=[..., 1, None])
+        said, table = output(lambda: trained(root, "run", *more)), read(root / "run/predictions.csv")
+        assert "2 classes: '0', '1'" in said and "on 1 labelled samples" in said
+        assert [row["label"] for row in table] == ["", "1", ""] and {row["prediction"] for row in table} <= {"0", "1"}
+        assert table[0]["image"] == f"{rows}/red.jpg" and table[0]["text"] == "a photo of thing 0"
+        write_rows(rows, test=[...])
+        assert "no score" in output(lambda: trained(root, "unknown", *more))
 
-    write_rows(rows, train=["grün", "rød"] * 20, val=["grün"], test=["rød", "grün"])
-    argv = arguments(root, *more, "--data-dir", "~/rows", "--epochs", "1", "--out", f"{root}/names")
-    assert r"gr\xfcn" in ended(start(argv, HOME=str(root), PYTHONIOENCODING="ascii"))[0]
-    assert not (HERE / "~").exists() and (root / "names/results.json").exists()
+        labels = [["a|b", 'c"'], ["a|b"], ['c"'], []]
+        write_rows(rows, train=labels * 5, val=labels, test=labels[:2])
+        table = read(trained(root, "several", *more) / "predictions.csv")
+        assert list(table[0]) == ["id", "image", "text", "label", "prediction", "probability"]
+        assert [json.loads(row["label"]) for row in table] == labels[:2]
+        for row in table:
+            chosen, probability = json.loads(row["prediction"]), json.loads(row["probability"])
+            assert len(chosen) == len(probability) and set(chosen) <= {"a|b", 'c"'}
+            assert all(p > 0.5 for p in probability) and row["image"].endswith(".jpg")
+
+        write_rows(rows, train=["grün", "rød"] * 20, val=["grün"], test=["rød", "grün"])
+        argv = arguments(root, *more, "--epochs", "1", "--out", f"{root}/names")
+        assert r"gr\xfcn" in ended(start(argv, PYTHONIOENCODING="ascii"))[0]
+        assert not (HERE / "~").exists() and (root / "names/results.json").exists()
 
 
 def test_checkpoints_of_other_programs_are_told_in_a_sentence(root):
@@ -1879,16 +1863,6 @@ def test_precision_and_ranks_follow_the_cards(root):
             asked = wrapped.call_args.kwargs
             assert asked["broadcast_buffers"] is False and asked["gradient_as_bucket_view"] is True
         group.assert_called_once_with(backend="nccl")
-
-
-def test_workers_live_as_long_as_they_are_needed(root):
-    config = vars(train.parse(arguments(root, "--workers", "2")))
-    tokenizer = data.load_tokenizer(load_bert(f"{root}/bert"), 16)
-    splits = data.load("food101", root / "food")
-    run = train.Run(config, root, torch.device("cpu"), torch.float32, None, splits, tokenizer)
-    for split in ("train", "val", "test"):
-        loader = run.batches(split, 0)
-        assert loader.persistent_workers == (split != "test") and run.batches(split, 1) is loader
 
 
 # ---------------------------------------------------------------------------------------------------------
