@@ -1526,7 +1526,7 @@ def test_nothing_is_written_over(root):
 
 def test_one_process_trains_in_a_folder(root):
     """The second is refused; one that was killed leaves the folder free, even where a worker of it lives on."""
-    holder = ("import os, time; main = os.getpid()\n"
+    holder = ("import os, time\n"
               "def hold(*a):\n"
               "    if os.fork(): print('held', flush=True)\n"
               "    time.sleep(100)\n"
