@@ -143,7 +143,8 @@ def train(run: Run, state: dict | None) -> None:
         if state:
             restore(run, state)
         else:
-            check_new(run.out)  # again, since another run may have finished here in the meantime
+            if RANK == 0:  # which alone writes; again, since another run may have finished here in the meantime
+                check_new(run.out)
             save(run, "last.pt")
         loop(run)
         finish(run)
