@@ -53,6 +53,8 @@ import train
 from mope import BERT, ConditionalPrompts, InputError, MoPE, ViT, importance_loss, load_bert, load_vit
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to it
+if not os.environ.get("MOPE_BENCHMARK"):
+    torch.set_num_threads(1)  # as in the programs that tests start: another number of threads rounds differently
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("MOPE_SHARED", HERE.parent / "shared"))
 
