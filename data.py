@@ -46,8 +46,7 @@ class Sample(NamedTuple):
     label: object  # a class name, a list of them, None if nobody knows it, or what `pick_text` makes one of
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Layouts: one class for each data set
+# Layouts: one class for each data set ------------------------------------------------------------------
 
 
 class Layout:
@@ -370,8 +369,7 @@ DATASETS = {"shapes": Shapes, "food101": Food101, "mmimdb": MMIMDb, "snli_ve": S
             "grocery_ve": GroceryVE, "jsonl": JsonLines}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Splits
+# Splits ------------------------------------------------------------------------------------------------
 
 
 def load(dataset: str, folder: str | Path, train_size: float | None = None, seed: int = 0,
@@ -559,8 +557,7 @@ def resize(pixels: np.ndarray, size: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Batches
+# Batches -----------------------------------------------------------------------------------------------
 
 
 def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1,
@@ -641,8 +638,7 @@ def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Toke
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A picture of the routing
+# A picture of the routing ------------------------------------------------------------------------------
 
 CELL, TILE = 34, 112  # the sides of a cell of a heat map and of a sample's image, in pixels
 

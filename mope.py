@@ -51,8 +51,7 @@ class InputError(ValueError):
     """A file, name or setting given from outside is wrong; the message says what to do about it."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The method: three kinds of prompts, the mixture of prompt experts, the importance loss
+# The method: three kinds of prompts, the mixture of prompt experts, the importance loss ----------------
 
 
 ROUTER_SPEED = 4  # how fast routers learn: our choice, explained where they are made
@@ -156,8 +155,7 @@ def experts_per_sample(routing: Tensor) -> Tensor:
     return torch.special.entr(routing.float()).sum(-1).mean(0).exp()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fusion
+# Fusion ------------------------------------------------------------------------------------------------
 
 
 class Output(NamedTuple):
@@ -316,8 +314,7 @@ def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
     return sum(t.numel() for t in tensors), sum(t.numel() for t in tensors if t.requires_grad)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# How prompts enter a layer
+# How prompts enter a layer -----------------------------------------------------------------------------
 
 
 class Block(nn.Module):

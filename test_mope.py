@@ -59,8 +59,7 @@ HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("MOPE_SHARED", HERE.parent / "shared"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Helpers
+# Helpers -----------------------------------------------------------------------------------------------
 
 
 def shared(path: str) -> Path:
@@ -280,8 +279,7 @@ def same(a, b) -> bool:
     return a == b
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Encoders: parity with the libraries
+# Encoders: parity with the libraries -------------------------------------------------------------------
 
 
 def test_vit_equals_torchvision(root):
@@ -378,8 +376,7 @@ def test_padding_unused_tokens_and_positions_change_no_feature():
     assert torch.allclose(larger, torch.ones(1, 50, 8), atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The method: prompts, router, importance, fusion
+# The method: prompts, router, importance, fusion -------------------------------------------------------
 
 
 def test_each_prompt_type_can_be_absent():
@@ -614,8 +611,7 @@ def test_trained_state_goes_to_a_fresh_process(root):
     assert vit.source is None and bert.source, "an encoder that is not used is not trained either"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Weight files
+# Weight files ------------------------------------------------------------------------------------------
 
 
 def test_broken_weight_files_are_explained(root):
@@ -739,8 +735,7 @@ def test_named_vision_weights_are_checked_by_hash(root):
     assert cached.exists() and not list(cached.parent.glob("vit2*"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data
+# Data --------------------------------------------------------------------------------------------------
 
 
 def test_food101_defects(root):
@@ -1105,8 +1100,7 @@ def test_layout_of_ones_own_as_the_docstring_shows(root):
     assert splits["train"].classes == ["no", "yes"] and not splits["test"][0, 1][-1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
+# Training ----------------------------------------------------------------------------------------------
 
 
 def test_metrics_and_learning_rate():
@@ -1427,8 +1421,7 @@ def test_errors_of_the_machine_are_one_sentence():
         assert code == "1" and word in "\n".join(said) and (len(said) == 1 or word == "Traceback"), said
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Every run ends and harms nothing; nothing is wrong in silence; what is good is not refused
+# Every run ends and harms nothing; nothing is wrong in silence; what is good is not refused ------------
 
 
 def test_every_failure_ends_the_program(root):
@@ -1770,8 +1763,7 @@ def test_new_rows_are_scored(root):
     refused(lambda: train.main(["--eval", *checkpoint]), "'blue'", "classes")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Devices that are not here: what a CPU can show
+# Devices that are not here: what a CPU can show --------------------------------------------------------
 
 
 def test_forward_pass_on_tensors_that_only_claim_to_be_on_a_gpu():
@@ -1858,8 +1850,7 @@ def test_precision_and_ranks_follow_the_cards(root):
         group.assert_called_once_with(backend="nccl")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# README
+# README ------------------------------------------------------------------------------------------------
 
 
 def test_readme_snippets_run_as_typed(root):
@@ -1905,8 +1896,7 @@ def test_readme_commands_parse():
     assert parsed >= 10
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Speed and memory, on an idle machine: MOPE_BENCHMARK=1 python test_mope.py benchmark
+# Speed and memory, on an idle machine: MOPE_BENCHMARK=1 python test_mope.py benchmark ------------------
 
 
 def need_idle_machine() -> None:

@@ -69,8 +69,7 @@ METHODS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
+# Training ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -252,8 +251,7 @@ def epoch_line(run: Run, metric: str) -> str:
             f"{scores[metric]:.4f}  loss {scores['loss']:.4f}{routing}  {speed:.1f} images/s")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation --------------------------------------------------------------------------------------------
 
 SCORES = ("accuracy", "f1_micro", "f1_macro")
 
@@ -379,8 +377,7 @@ def predictions(pairs: data.Pairs, rows: dict) -> str:
     return file.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Predict, summarize, benchmark
+# Predict, summarize, benchmark -------------------------------------------------------------------------
 
 PRODUCT = 4096  # side of the matrices whose product stands for the hardware's limit
 
@@ -495,8 +492,7 @@ def peak_memory(device: torch.device) -> float | None:
         return round(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 20, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Encoders for the toy: two unimodal Transformers, pretrained here since nobody else did
+# Encoders for the toy: two unimodal Transformers, pretrained here since nobody else did ----------------
 
 PRETRAIN = dict(dim=64, depth=4, heads=4, mlp_dim=128, patch_size=16, text_depth=2, steps=700, text_steps=300, seed=0)
 
@@ -583,8 +579,7 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
     torch.save(bert.state_dict(), folder / "pytorch_model.bin")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Settings
+# Settings ----------------------------------------------------------------------------------------------
 
 ACTIONS = ("out", "checkpoint", "eval", "predict", "resume", "summarize", "benchmark")
 # A resumed or evaluated run may go on in another place, on another machine or in another manner; all else has to stay.
@@ -713,8 +708,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, "float32" if name == "auto" else name)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The files of a run: each is written whole or not at all
+# The files of a run: each is written whole or not at all -----------------------------------------------
 
 
 def save(run: Run, name: str) -> None:
@@ -805,8 +799,7 @@ def lock(out: Path) -> io.TextIOWrapper:
     return file
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Processes (one, or several under torchrun) and signals
+# Processes (one, or several under torchrun) and signals ------------------------------------------------
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 else True)  # None: on a terminal only
@@ -865,8 +858,7 @@ def orderly_stop(run: Run):
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Main
+# Main --------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
