@@ -305,8 +305,8 @@ class GroceryVE(Grocery):
         return sample._replace(text=text, label=str(label))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The toy. An image has four quadrants, three of them with an object; no two objects share a shape or a colour.
+# The toy -----------------------------------------------------------------------------------------------
+# An image has four quadrants, three of them with an object; no two objects share a shape or a colour.
 
 COLORS = {"red": (215, 45, 40), "green": (50, 165, 65), "blue": (50, 85, 215), "yellow": (235, 205, 45)}
 WORDS = {"shape": ("circle", "square", "triangle", "cross"), "color": tuple(COLORS),

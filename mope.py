@@ -33,6 +33,7 @@ Contents: prompts, router, importance loss - fusion - attention - ViT and BERT -
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -398,8 +399,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     return scores.softmax(-1) @ value
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The two encoders. Names inside follow the checkpoints of timm and DINOv2; what only a BERT has is named as in BERT's.
+# The two encoders --------------------------------------------------------------------------------------
+# Names inside follow the checkpoints of timm and DINOv2; what only a BERT has is named as in BERT's.
 
 
 class Encoder(nn.Module):
@@ -507,9 +508,8 @@ class BERT(Encoder):
         return (self.tokens(ids, prompts) * real).sum(1) / real.sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The method ends here. What follows finds, checks and renames pretrained weights; a first reading can skip it.
-#
+# The method ends here ----------------------------------------------------------------------------------
+# What follows finds, checks and renames pretrained weights; a first reading can skip it.
 # A name is tried in order as a local path, in the cache, and as a download. The names of `VISION` are kept in the cache
 # of torch.hub and checked by hash; BERTs and timm's ViTs in that of huggingface_hub, bert-base-uncased at one revision.
 
@@ -555,7 +555,7 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
     """
     path, config = find_vit(name)
     weights = read_weights(path)
-    try:
+    with explained(f"{path}: not a plain ViT of torchvision, DINOv2 or timm"):
         torchvision = any(key.endswith("class_token") for key in weights)
         weights = rename(weights, TORCHVISION_NAMES if torchvision else TIMM_NAMES)
         # LayerScale multiplies the output of each branch in DINOv2; scaling the rows of its last matrix does the same.
@@ -564,19 +564,14 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
             weights[f"{last}.weight"] = gamma[:, None] * weights[f"{last}.weight"]
             weights[f"{last}.bias"] = gamma * weights[f"{last}.bias"]
         dim, _, patch_size, _ = weights["patch_embed.weight"].shape
-        mlp_dim = len(weights["blocks.0.mlp.fc1.weight"])
         depth = len([key for key in weights if key.endswith(".attn.qkv.weight")])
         heads = config.get("model_args", {}).get("num_heads") or HEADS.get(dim)
         if heads is None:
             raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(HEADS)}")
         pixels = config.get("pretrained_cfg", config)
         pixels = {key: tuple(map(float, pixels[key])) for key in ("mean", "std") if key in pixels}
-        vit = ViT(image_size, patch_size, dim, depth, heads, mlp_dim, **pixels)
+        vit = ViT(image_size, patch_size, dim, depth, heads, len(weights["blocks.0.mlp.fc1.weight"]), **pixels)
         weights["pos_embed"] = resize_positions(weights["pos_embed"], image_size // patch_size)
-    except InputError:
-        raise
-    except Exception as error:  # files of other models fail here in many ways
-        raise InputError(f"{path}: not a plain ViT of torchvision, DINOv2 or timm ({error!r})") from None
     return load_checked(vit, weights, path, name, config, f", for pixels of mean {vit.mean} and std {vit.std}")
 
 
@@ -585,28 +580,35 @@ def load_bert(name: str, pooling: str = "mean") -> BERT:
     repo, revision = BERT_BASE if name == "bert-base-uncased" and not Path(name).exists() else (name, None)
     folder = find(repo, "bert-base-uncased", BERT_FORMATS, revision)
     path = next((folder / file for file in BERT_FORMATS if (folder / file).exists()), folder / BERT_FORMATS[0])
-    config = read_config(folder / "config.json")
-    kind = tuple(config.get(key, usual) for key, usual in (("model_type", "bert"), ("hidden_act", "gelu"),
-                                                            ("position_embedding_type", "absolute")))
+    config = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+              "layer_norm_eps": 1e-12, **read_config(folder / "config.json")}  # older files leave these out
+    kind = config["model_type"], config["hidden_act"], config["position_embedding_type"]
     if kind != ("bert", "gelu", "absolute"):
         raise InputError(f"{folder / 'config.json'}: {kind}; only ('bert', 'gelu', 'absolute') is implemented")
     weights = read_weights(path)
-    try:
+    with explained(f"{folder}: not the configuration and weights of a BERT"):
         sizes = [config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                                          "intermediate_size", "max_position_embeddings", "type_vocab_size")]
-        eps, pad_id = float(config.get("layer_norm_eps", 1e-12)), int(config.get("pad_token_id") or 0)
+        eps, pad_id = float(config["layer_norm_eps"]), int(config.get("pad_token_id") or 0)
         bert = BERT(*sizes, eps=eps, pad_id=pad_id, pooling=pooling)
         weights = rename(weights, BERT_NAMES)
         # The files hold three matrices where `Attention` has one.
         for key in [key for key in weights if ".attention.self.query." in key]:
             parts = [weights.pop(key.replace("query", part), torch.zeros(0)) for part in ("query", "key", "value")]
             weights[key.replace("attention.self.query", "attn.qkv")] = torch.cat(parts)
-    except InputError:
-        raise
-    except Exception as error:  # odd sizes, and files of other models, fail here in many ways
-        raise InputError(f"{folder}: not the configuration and weights of a BERT ({error!r})") from None
     bert.folder = folder
     return load_checked(bert, weights, path, name, config)
+
+
+@contextlib.contextmanager
+def explained(what: str):
+    """Tell in one sentence what goes wrong with a file from outside: damaged and foreign files fail in many ways."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({(str(error) or repr(error)).strip().splitlines()[0][:150]})") from None
 
 
 def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
@@ -669,20 +671,16 @@ def check_same_tensors(expected: dict[str, Tensor], given: dict[str, Tensor], or
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors file, or of a pickle opened with weights_only=True, in float32."""
-    regular_file(path)
-    try:
+    with regular_file(path).open("rb") as file:
+        start = file.read(24)
+    with explained(f"{path}: not a file of named tensors, or cut short; it begins with {start!r}. If that is a web page "
+                   "or a git-LFS pointer (run `git lfs pull`), get the file it stands for; else download it again"):
         safe = path.suffix == ".safetensors"
         weights = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         while entry := next((entry for entry in ENTRIES if isinstance(weights.get(entry), dict)), None):
             print(f"{path}: took the entry {entry!r}", file=sys.stderr)
             weights = weights[entry]
         return {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
-    except Exception as error:  # what torch.load and json raise for a damaged file is of many types
-        with path.open("rb") as file:
-            start = file.read(24)
-        raise InputError(f"{path}: not a file of named tensors, or cut short ({str(error)[:100] or repr(error)}); it "
-                         f"begins with {start!r}. If that is a web page or a git-LFS pointer (run `git lfs pull`), get "
-                         "the file that it stands for; else download it again") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -706,10 +704,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_config(path: Path) -> dict:
-    try:
+    with explained(f"{path}: not a file of settings"):
         return dict(json.loads(regular_file(path).read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a file of settings ({error})") from None
 
 
 def regular_file(path: Path) -> Path:
@@ -730,12 +726,10 @@ def find_vit(name: str) -> tuple[Path, dict]:
         return (path / "model.safetensors", read_config(path / "config.json")) if path.is_dir() else (path, {})
     url, digest = VISION[name]
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    try:
+    with explained(f"could not download {url}; without a network, put it at {path}"):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), digest)  # nothing half-written stays
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"could not download {url} ({error}); without a network, put it at {path}") from None
     if not sha256(regular_file(path)).startswith(digest):
         raise InputError(f"{path} is damaged: its sha256 should begin with {digest}; delete it to get it anew")
     return path, {}
@@ -748,7 +742,8 @@ def find(name: str, alternative: str, formats: tuple = ("model.safetensors",), r
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"{name!r}: no such file or folder; expected one, or a hub id (owner/name), or {alternative}")
-    try:
+    with explained(f"could not get {name} from the Hugging Face hub; without a network, give a folder with its "
+                   "weights, config.json and tokenizer.json"):
         from huggingface_hub import snapshot_download  # it comes with tokenizers
 
         for weights in formats:
@@ -757,7 +752,3 @@ def find(name: str, alternative: str, formats: tuple = ("model.safetensors",), r
             if (path / weights).exists():
                 break
         return path
-    except Exception as error:  # of many types: no network, no such name, no right to it
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"could not get {name} from the Hugging Face hub ({reason}); without a network, give a folder "
-                         "with its weights, config.json and tokenizer.json") from None
