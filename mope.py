@@ -27,8 +27,6 @@ Symbols, used in every shape below. A y as in D_y marks the prior modality where
     N  tokens, [CLS] included    D  width of an encoder                     l  prompts of one kind in a layer
     H  attention heads           C  classes                                 k  experts of a layer, j one of them
     S  side of an image          psi [B, D_y]  feature of y                 r_i [B, k]  routing: weights of the experts
-
-Contents: prompts, router, importance loss - fusion - attention - ViT and BERT - pretrained weights (skip at first).
 """
 
 from __future__ import annotations
@@ -360,11 +358,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention in which queries come from one sequence, keys and values from another.
-
-    `qkv` is used as a matrix (its rows are sliced) and not called as a layer, so a hook on it or a LoRA layer in its
-    place is ignored.
-    """
+    """Multi-head attention in which queries come from one sequence, keys and values from another. `qkv` is used as a
+    matrix (its rows are sliced) and not called as a layer: a hook on it, or a LoRA layer in its place, is ignored."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -428,10 +423,7 @@ class Encoder(nn.Module):
 
 
 class ViT(Encoder):
-    """Vision Transformer (arXiv 2010.11929), for the weights of torchvision, DINOv2 and timm.
-
-    mean and std are those of the pixels in 0..1 that the weights were trained with; by default ImageNet's.
-    """
+    """Vision Transformer (arXiv 2010.11929); mean and std are those of pixels in 0..1 in its training, or ImageNet's."""
 
     def __init__(self, image_size: int = 224, patch_size: int = 16, dim: int = 768, depth: int = 12,
                  heads: int = 12, mlp_dim: int = 3072, eps: float = 1e-6, mean: tuple = (0.485, 0.456, 0.406),
@@ -486,10 +478,8 @@ class BERT(Encoder):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
-        """Encode ids [B, N], padded with pad_id -> last hidden states [B, N, D].
-
-        A row of padding alone gives nan. A tokenizer makes none: it adds [CLS] and [SEP] even to an empty text.
-        """
+        """Encode ids [B, N], padded with pad_id -> last hidden states [B, N, D]. A row of padding alone gives nan, but
+        no tokenizer makes one: it adds [CLS] and [SEP] even to an empty text."""
         if ids.shape[1] > self.max_length:
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
@@ -631,11 +621,8 @@ def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tenso
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Resize positions [1, 1 + n², D] of an n×n grid of patches -> [1, 1 + side², D].
-
-    We do it bicubically with antialias, as timm does. DINOv2's own code uses no antialias and an offset of 0.1, and the
-    features are not quite the same.
-    """
+    """Resize positions [1, 1 + n², D] of an n×n grid of patches -> [1, 1 + side², D], bicubically with antialias, as
+    timm does. (DINOv2's own code uses no antialias and an offset of 0.1, and the features are not quite the same.)"""
     n = math.isqrt(positions.shape[1] - 1)
     if n == side or n ** 2 != positions.shape[1] - 1:  # not a square: `load_checked` refuses it
         return positions
@@ -673,8 +660,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors file, or of a pickle opened with weights_only=True, in float32."""
     with regular_file(path).open("rb") as file:
         start = file.read(24)
-    with explained(f"{path}: not a file of named tensors, or cut short; it begins with {start!r}. If that is a web page "
-                   "or a git-LFS pointer (run `git lfs pull`), get the file it stands for; else download it again"):
+    with explained(f"{path}: not a file of named tensors, or cut short; it begins with {start!r}. If that is a web "
+                   "page or a git-LFS pointer (run `git lfs pull`), get the file it stands for; else download it again"):
         safe = path.suffix == ".safetensors"
         weights = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         while entry := next((entry for entry in ENTRIES if isinstance(weights.get(entry), dict)), None):
