@@ -423,7 +423,7 @@ class Encoder(nn.Module):
 
 
 class ViT(Encoder):
-    """Vision Transformer (arXiv 2010.11929); mean and std are those of pixels in 0..1 in its training, or ImageNet's."""
+    """Vision Transformer (arXiv 2010.11929); mean and std, by default ImageNet's, normalise pixels in 0..1."""
 
     def __init__(self, image_size: int = 224, patch_size: int = 16, dim: int = 768, depth: int = 12,
                  heads: int = 12, mlp_dim: int = 3072, eps: float = 1e-6, mean: tuple = (0.485, 0.456, 0.406),
@@ -660,8 +660,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors file, or of a pickle opened with weights_only=True, in float32."""
     with regular_file(path).open("rb") as file:
         start = file.read(24)
-    with explained(f"{path}: not a file of named tensors, or cut short; it begins with {start!r}. If that is a web "
-                   "page or a git-LFS pointer (run `git lfs pull`), get the file it stands for; else download it again"):
+    with explained(f"{path}: not a file of named tensors, or cut short; it begins with {start!r}. If that is a web page, "
+                   "or a git-LFS pointer (run `git lfs pull`), get the file it stands for; else download it again"):
         safe = path.suffix == ".safetensors"
         weights = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         while entry := next((entry for entry in ENTRIES if isinstance(weights.get(entry), dict)), None):
