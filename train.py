@@ -5,8 +5,6 @@
     torchrun --nproc_per_node=4 train.py --dataset food101 --batch-size 128
     python train.py --resume runs/food101                     go on after Ctrl-C, a crash or a kill
     python train.py --dataset food101 --help                  all flags, with the defaults of that data set
-
-Contents: defaults, training, evaluation, prediction and tables, the toy's encoders, settings, files, processes, main.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -130,9 +127,8 @@ class Run:
 
 def train(run: Run, state: dict | None) -> None:
     """Train from the start, or from a checkpoint, and evaluate on the test split."""
-    run.optimizer = torch.optim.AdamW(
-        (p for p in run.model.parameters() if p.requires_grad), lr=run.config["lr"],
-        weight_decay=run.config["weight_decay"], fused=run.device.type in ("cpu", "cuda"))
+    run.optimizer = torch.optim.AdamW((p for p in run.model.parameters() if p.requires_grad), lr=run.config["lr"],
+                                      weight_decay=run.config["weight_decay"], fused=run.device.type in ("cpu", "cuda"))
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)  # otherwise it does nothing
     if WORLD > 1:  # signals, losses and metrics go over the CPU (`start_processes`), gradients from GPU to GPU
         group = dist.new_group(backend="nccl") if run.device.type == "cuda" else None
@@ -141,9 +137,8 @@ def train(run: Run, state: dict | None) -> None:
     with lock(run.out), orderly_stop(run):
         if state:
             restore(run, state)
-        else:
-            if RANK == 0:  # which alone writes; again, since another run may have finished here in the meantime
-                check_new(run.out)
+        elif RANK == 0:  # which alone writes; again, since another run may have finished here in the meantime
+            check_new(run.out)
             save(run, "last.pt")
         loop(run)
         finish(run)
@@ -223,10 +218,9 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, int]:
-    """Return the loss of a step and the number of the signal that asks to stop (or 0), the same in all processes.
-    Raises InputError if the loss or the gradient's norm is not finite. With a scaler (float16) the norm may be: then
-    the scaler skips the step and lowers its scale, and only a scale below 1 is an error. This is the one place in a
-    step that waits for the device, and it comes before the weights change."""
+    """Return a step's loss and the number of the signal that asks to stop (or 0), the same in all processes. It is the
+    one place in a step that waits for the device. Raises InputError if loss or norm is not finite; but with a scaler
+    (float16) the norm may be: that skips the step and lowers its scale, and only a scale below 1 is an error."""
     if not run.scaler.is_enabled():
         loss = loss.masked_fill(~torch.isfinite(norm), math.nan)  # so that all processes see it
     loss, stop = loss.cpu(), torch.tensor(run.stop_signals[0] if run.stop_signals else 0)
@@ -310,11 +304,10 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, classes: list[str]) -> d
 
 def interval(pairs: data.Pairs, rows: dict) -> list[float]:
     """Return a 95 % bootstrap interval of the accuracy over images, since pairs that share one are not independent."""
-    known = (rows["labels"] >= 0).numpy()
-    right = (rows["logits"].argmax(-1) == rows["labels"]).double().numpy()[known]
-    images = [str(s.image) if isinstance(s.image, Path) else s.id for s in pairs.samples]
-    _, image = np.unique(np.array(images)[known], return_inverse=True)
-    hits, counts, rng = np.bincount(image, right), np.bincount(image), np.random.default_rng(0)
+    known, right = (rows["labels"] >= 0).numpy(), (rows["logits"].argmax(-1) == rows["labels"]).numpy()
+    images = np.array([str(s.image) if isinstance(s.image, Path) else s.id for s in pairs.samples])
+    _, image = np.unique(images[known], return_inverse=True)
+    hits, counts, rng = np.bincount(image, right[known]), np.bincount(image), np.random.default_rng(0)
     draws = (rng.integers(len(counts), size=len(counts)) for _ in range(1000))
     return np.quantile([hits[draw].sum() / counts[draw].sum() for draw in draws], [0.025, 0.975]).round(4).tolist()
 
@@ -323,8 +316,7 @@ def finish(run: Run) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png; tell mistakes."""
     config, at, pairs = run.config, run.progress, run.splits["test"]
     [best] = gather([load_checkpoint(run.out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
-    differ = [key for key in config.keys() - MAY_CHANGE if best["config"].get(key) != config[key]]
-    if differ:
+    if differ := [key for key in config.keys() - MAY_CHANGE if best["config"].get(key) != config[key]]:
         raise InputError(f"{run.out}/best.pt is of another run, with another {', '.join(sorted(differ))}")
     run.model.load_trained_state(best["trained"])
     test, rows = evaluate(run, "test")
@@ -341,8 +333,7 @@ def finish(run: Run) -> None:
         peak_memory_gib=peak_memory(run.device), device=str(run.device), precision=config["precision"])
 
     write(run.out / "predictions.csv", predictions(pairs, rows))
-    routed = rows["routing"].numel() > 0
-    if routed:
+    if routed := rows["routing"].numel() > 0:
         picture = io.BytesIO()
         data.plot_routing(pairs, rows["routing"]).save(picture, "PNG")
         write(run.out / "routing.png", picture.getvalue())
@@ -395,8 +386,7 @@ def predict(run: Run, inputs: list[str]) -> None:
     for p, c in zip(*probability.topk(min(5, len(pairs.classes)))):
         say(f"{p:.3f}  {pairs.classes[c]}")
     if rows["routing"].numel():
-        weight, expert = rows["routing"][0].max(-1)
-        say("busiest expert of each layer:", ", ".join(f"{e + 1} ({w:.2f})" for e, w in zip(expert.tolist(), weight)))
+        say("busiest expert of each layer:", ", ".join(f"{e + 1} ({w:.2f})" for w, e in zip(*rows["routing"][0].max(-1))))
 
 
 def summarize(folders: list[Path]) -> str:
@@ -405,8 +395,8 @@ def summarize(folders: list[Path]) -> str:
     rows, chosen = defaultdict(list), {"dataset", "method"}
     for folder in folders:
         try:
-            config, results = (json.loads(regular_file(folder / name).read_text("utf-8"))
-                               for name in ("config.json", "results.json"))
+            config, results = (json.loads(regular_file(folder / f"{name}.json").read_bytes())
+                               for name in ("config", "results"))
             config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed")}
             by_default = vars(parse(["--dataset", config["dataset"], "--method", config["method"]]))
             chosen |= {k for k in config if config[k] != by_default.get(k)}
@@ -596,9 +586,8 @@ def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namesp
     first.add_argument("--benchmark", action="store_true", help="time it; without --dataset on random weights")
     known = first.parse_known_args(argv)[0]
     dataset = known.dataset or ("food101" if known.benchmark else "shapes")
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\nContents")[0], parents=[first], allow_abbrev=False,
-        formatter_class=type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+    parser = argparse.ArgumentParser(description=__doc__, parents=[first], allow_abbrev=False, formatter_class=type(
+        "", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # data and model
@@ -670,8 +659,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
     if len(args.predict or ()) > 2 or args.out == Path():
         raise InputError("--predict takes a file of rows, or an image and a text in quotes" if args.predict else
                          "--out is empty; give the run a folder of its own")
-    path = args.checkpoint or args.resume and args.resume / "last.pt"
-    if path:
+    if path := args.checkpoint or args.resume and args.resume / "last.pt":
         [state] = gather([load_checkpoint(path)] if RANK == 0 else [])  # the others may have no access to the file
         if state["config"].keys() != vars(args).keys() - set(ACTIONS):
             raise InputError(f"{path} is of another version of train.py, with {sorted(map(str, state['config']))}")
@@ -702,9 +690,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the precision of matrix products; auto is bfloat16 from Ampere on, float16 on older CUDA cards."""
     if name == "auto" and device.type == "cuda":
-        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"  # from Ampere on
     return getattr(torch, "float32" if name == "auto" else name)
 
 
@@ -843,9 +830,8 @@ def orderly_stop(run: Run):
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
-    before = {n: signal.getsignal(n) for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN}  # as under nohup
-    for number in before:
-        signal.signal(number, request_stop)
+    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]  # as under nohup
+    before = {number: signal.signal(number, request_stop) for number in SIGNALS if number not in ignored}
     try:
         yield
     except Stopped:
@@ -920,8 +906,7 @@ def build(config: dict, classes: int, device: torch.device, dtype: torch.dtype, 
     if config["text_length"] > encoders["text"].max_length:
         raise InputError(f"--text-length {config['text_length']}: the BERT reads {encoders['text'].max_length} at most")
     torch.manual_seed(config["seed"])  # prompts, router, MLP and head
-    main_encoder = encoders.pop(config["main"])
-    model = MoPE(main_encoder, *encoders.values(), classes, n_prior_prompts=config["prior_prompts"],
+    model = MoPE(encoders.pop(config["main"]), *encoders.values(), classes, n_prior_prompts=config["prior_prompts"],
                  head=config["head"], finetune=config["finetune"], n_static=config["static"],
                  n_experts=config["experts"], n_dynamic=config["dynamic"], mapped=config["mapped"],
                  mapper_width=config["mapper"], temperature=config["temperature"]).cast_frozen(dtype).to(device)
@@ -947,11 +932,9 @@ def cli() -> int:
         if isinstance(error, InputError):
             code = 2
         elif isinstance(error, OSError):
-            message = (f"{error.filename or 'standard output, or a file of the run'}: {error.strerror or error}; mend "
-                       "that, then go on with --resume")
+            message = f"{error.filename or 'output'}: {error.strerror or error}; mend that, then go on with --resume"
         elif "DataLoader worker" in message:  # killed, as a rule for want of memory shared between processes
-            message += ("; go on by --resume with fewer --workers, 0 for none, or give a container more shared memory "
-                        "(docker run --shm-size 8g)")
+            message += "; --resume with fewer --workers, 0 for none, or in a container by docker run --shm-size 8g"
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = ("out of memory; --resume with a higher --accumulate, or start with a lower --batch-size, "
                        "--image-size or --text-length")
@@ -965,10 +948,9 @@ def cli() -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # class names that the terminal cannot print
-    exit_code = cli()
-    if exit_code or WORLD > 1:  # leave without waiting for workers, which ignore SIGTERM, or for other processes
+    if (exit_code := cli()) or WORLD > 1:  # leave without waiting for workers, which ignore SIGTERM, or for other processes
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for the workers that die now
-        for child in multiprocessing.active_children():
+        for child in torch.multiprocessing.active_children():
             child.kill()
         os._exit(exit_code)
