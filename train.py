@@ -197,7 +197,11 @@ def loop(run: Run) -> None:
         at.log.append({"epoch": at.epoch + 1, "train_loss": sum(at.losses) / steps, "validation": validation,
                        "seconds": round(at.seconds, 1)})
         at.epoch, at.step, at.losses = at.epoch + 1, 0, []
-        say(epoch_line(run, metric))
+        routing = "".join(f"  {what} {min(validation[key]):.1f}-{max(validation[key]):.1f}" for key, what in (
+            ("experts_used", "experts used"), ("experts_per_sample", "by each sample")) if key in validation)
+        speed = at.epoch * steps * config["batch_size"] / at.seconds
+        say(f"epoch {at.epoch}/{epochs}  train loss {at.log[-1]['train_loss']:.4f}  validation {metric} "
+            f"{validation[metric]:.4f}  loss {validation['loss']:.4f}{routing}  {speed:.1f} images/s")
         if validation[metric] > best:
             save(run, "best.pt")
         save(run, "last.pt")
@@ -213,8 +217,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return cross-entropy for one label per sample [B], unweighted binary cross-entropy for several [B, C]."""
-    loss = F.binary_cross_entropy_with_logits if labels.is_floating_point() else F.cross_entropy
-    return loss(logits, labels)
+    return (F.binary_cross_entropy_with_logits if labels.is_floating_point() else F.cross_entropy)(logits, labels)
 
 
 def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, int]:
@@ -234,15 +237,6 @@ def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float,
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise InputError("float16 gradients overflow in every step; resume with --precision float32 or bfloat16")
     return loss.item(), int(stop)
-
-
-def epoch_line(run: Run, metric: str) -> str:
-    at, batch_size, scores = run.progress, run.config["batch_size"], run.progress.log[-1]["validation"]
-    routing = "".join(f"  {what} {min(scores[key]):.1f}-{max(scores[key]):.1f}" for key, what in
-                      (("experts_used", "experts used"), ("experts_per_sample", "by each sample")) if key in scores)
-    speed = at.epoch * run.splits["train"].steps(batch_size) * batch_size / at.seconds
-    return (f"epoch {at.epoch}/{run.config['epochs']}  train loss {at.log[-1]['train_loss']:.4f}  validation {metric} "
-            f"{scores[metric]:.4f}  loss {scores['loss']:.4f}{routing}  {speed:.1f} images/s")
 
 
 # Evaluation --------------------------------------------------------------------------------------------
@@ -322,8 +316,7 @@ def finish(run: Run) -> None:
     test, rows = evaluate(run, "test")
     if "accuracy" in test:
         test["accuracy_95"] = interval(pairs, rows)
-    chosen = best["progress"]["log"][-1]
-    total, trained = count(run.model)
+    chosen, (total, trained) = best["progress"]["log"][-1], count(run.model)
     images = run.splits["train"].steps(config["batch_size"]) * config["batch_size"] * config["epochs"]
     damaged = {*at.damaged["train"], *at.damaged["val"], *rows["damaged"]}
     results = dict(
@@ -386,24 +379,23 @@ def predict(run: Run, inputs: list[str]) -> None:
     for p, c in zip(*probability.topk(min(5, len(pairs.classes)))):
         say(f"{p:.3f}  {pairs.classes[c]}")
     if rows["routing"].numel():
-        say("busiest expert of each layer:", ", ".join(f"{e + 1} ({w:.2f})" for w, e in zip(*rows["routing"][0].max(-1))))
+        say("busiest expert by layer:", ", ".join(f"{e + 1} ({w:.2f})" for w, e in zip(*rows["routing"][0].max(-1))))
 
 
 def summarize(folders: list[Path]) -> str:
     """Return a Markdown table of finished runs: a row for those that differ in the seed only, mean ± deviation. Its
     first columns are the settings in which the rows differ, but for what a method sets by itself."""
     rows, chosen = defaultdict(list), {"dataset", "method"}
-    for folder in folders:
+    for path in folders:
         try:
-            config, results = (json.loads(regular_file(folder / f"{name}.json").read_bytes())
-                               for name in ("config", "results"))
+            config, results = (json.loads(regular_file(path / f"{n}.json").read_bytes()) for n in ("config", "results"))
             config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed")}
             by_default = vars(parse(["--dataset", config["dataset"], "--method", config["method"]]))
             chosen |= {k for k in config if config[k] != by_default.get(k)}
             share = results["trainable_parameters"] / results["total_parameters"]
             rows[json.dumps(config)].append({**results["test"], "trainable": f"{share:.2%}", "seed": results["seed"]})
         except Exception as error:  # files of other programs fail in many ways
-            raise InputError(f"{folder}: not the folder of a finished run of this version ({error})") from None
+            raise InputError(f"{path}: not the folder of a finished run of this version ({error})") from None
 
     configs = [json.loads(key) for key in rows]
     keys = [k for k in configs[0] if k in chosen and len({str(c.get(k)) for c in configs}) > 1]
@@ -488,10 +480,9 @@ PRETRAIN = dict(dim=64, depth=4, heads=4, mlp_dim=128, patch_size=16, text_depth
 
 
 def pretrain(parent: Path) -> tuple[Path, Path]:
-    """Return the file of a tiny ViT and the folder of a tiny BERT, made once for each PRETRAIN.
-    The ViT sees pictures only: each patch names what it shows, and [CLS] names the object that a white frame marks.
-    The BERT sees questions only: its feature names their words, a third of them masked. (Masked words alone give all
-    questions nearly the same mean.) A prompt then has to do what the frame did: point."""
+    """Return the file of a tiny ViT and the folder of a tiny BERT, made once for each PRETRAIN. The ViT sees pictures:
+    each patch names what it shows, [CLS] the object in a white frame. The BERT sees questions: its feature names all
+    words, a third of them masked (these alone give nearly equal means). A prompt then has to point as the frame did."""
     folder = parent / f"shapes-encoders-{hashlib.sha256(json.dumps(PRETRAIN).encode()).hexdigest()[:8]}"
     if not folder.exists():
         p = argparse.Namespace(**PRETRAIN)
@@ -574,8 +565,7 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
 ACTIONS = ("out", "checkpoint", "eval", "predict", "resume", "summarize", "benchmark")
 # A resumed or evaluated run may go on in another place, on another machine or in another manner; all else has to stay.
 MAY_CHANGE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile", "precision")
-# Runs that differ only in these make one row of a table. (Not --accumulate: the importance loss is per micro-batch.)
-INCIDENTAL = ("device", "workers", "compile")
+INCIDENTAL = ("device", "workers", "compile")  # tables ignore these; not accumulate: importance is by micro-batch
 
 
 def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namespace:
@@ -830,8 +820,7 @@ def orderly_stop(run: Run):
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
-    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]  # as under nohup
-    before = {number: signal.signal(number, request_stop) for number in SIGNALS if number not in ignored}
+    before = {n: signal.signal(n, request_stop) for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN}  # by nohup
     try:
         yield
     except Stopped:
@@ -880,7 +869,6 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{name}: {len(split):,} samples", *(f"\n  {note}" for note in split.notes))
     say(f"{len(classes)} classes: {', '.join(map(repr, classes[:5]))}{', …' if len(classes) > 5 else ''}")
     say(f"device: {device}, {config['precision']}, {WORLD} process{'es' if WORLD > 1 else ''}")
-
     if config["vision"] is None or config["text"] is None:  # shapes has encoders of its own
         for key, made in zip(("vision", "text"), pretrain(args.out.parent)):
             config[key] = config[key] or str(made)
@@ -888,7 +876,6 @@ def main(argv: list[str] | None = None) -> None:
     say(run.model.report())
     bert = run.model.prior if config["main"] == "vision" else run.model.main
     run.tokenizer = data.load_tokenizer(bert, config["text_length"], 16 if config["compile"] else None)
-
     if args.benchmark:
         return benchmark(run)
     if not args.checkpoint:
@@ -948,7 +935,7 @@ def cli() -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # class names that the terminal cannot print
-    if (exit_code := cli()) or WORLD > 1:  # leave without waiting for workers, which ignore SIGTERM, or for other processes
+    if (exit_code := cli()) or WORLD > 1:  # leave without waiting for workers, which ignore SIGTERM, or other processes
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for the workers that die now
         for child in torch.multiprocessing.active_children():
