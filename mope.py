@@ -661,7 +661,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     with regular_file(path).open("rb") as file:
         start = file.read(24)
     with explained(f"{path}: not a file of named tensors, or cut short; it begins with {start!r}. If that is a web "
-                   "page or a git-LFS pointer (run `git lfs pull`), get the file it stands for; else download again"):
+                   "page or a git-LFS pointer (run `git lfs pull`), get what it stands for; else download it again"):
         safe = path.suffix == ".safetensors"
         weights = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         while entry := next((entry for entry in ENTRIES if isinstance(weights.get(entry), dict)), None):
