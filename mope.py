@@ -598,7 +598,7 @@ def explained(what: str):
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what} ({' '.join((str(error) or repr(error)).split())[:150]})") from None
+        raise InputError(f"{what} ({(str(error).strip() or repr(error)).splitlines()[0][:150]})") from None
 
 
 def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
