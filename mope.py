@@ -53,7 +53,7 @@ class InputError(ValueError):
 # The method: three kinds of prompts, the mixture of prompt experts, the importance loss ----------------
 
 
-ROUTER_SPEED = 4  # how fast routers learn: our choice, explained where they are made
+ROUTER_SPEED = 16  # how fast routers learn: our choice, explained where they are made
 
 
 class ConditionalPrompts(nn.Module):
@@ -80,8 +80,8 @@ class ConditionalPrompts(nn.Module):
         # logit is a sum over D_y inputs, so it can change by the learning rate times the sum of |psi|. That grows with
         # D_y: the softmax would saturate within the first hundred steps, and the router would stop learning. So `route`
         # divides by D_y (the 1/fan-in rule of muP, arXiv 2203.03466), and routers learn alike for every encoder. At a
-        # temperature of 0.1 and a learning rate of 0.003, a step moves a logit by at most about 0.1. ROUTER_SPEED sets
-        # only this, since the weights start divided by it: the first logits have a standard deviation of about 1.
+        # temperature of 0.1 and a learning rate of 0.001, a step moves a logit by at most about 0.1. ROUTER_SPEED and
+        # temperature set this speed alone: weights start such that first logits have a standard deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)

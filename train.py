@@ -42,16 +42,17 @@ from mope import BERT, InputError, MoPE, ViT, count, experts_per_sample, experts
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 AS_MANY_AS_MOPE = -1  # as many static prompts as MoPE has prompts of all kinds
 
-# A flag overrides each of these. text_length counts word pieces with [CLS] and [SEP]; the toy's own encoders are None.
+# A flag overrides each of these. text_length counts word pieces with [CLS] and [SEP]; the toy's own encoders are None,
+# and its temperature keeps the router from learning too fast at its high rate.
 DEFAULTS = {
     "shapes":     dict(epochs=4, batch_size=64, lr=1e-2, text_length=16, vision=None, text=None, image_size=32,
-                       static=4, experts=6, dynamic=4, mapper=64, prior_prompts=0, workers=0),
-    "food101":    dict(epochs=10, batch_size=32, lr=3e-3, text_length=128),
-    "mmimdb":     dict(epochs=10, batch_size=32, lr=3e-3, text_length=256),
-    "snli_ve":    dict(epochs=6, batch_size=64, lr=3e-3, text_length=64),
+                       static=4, experts=6, dynamic=4, mapper=64, prior_prompts=0, temperature=0.4, workers=0),
+    "food101":    dict(epochs=10, batch_size=32, lr=1.5e-3, text_length=128),
+    "mmimdb":     dict(epochs=10, batch_size=32, lr=1.5e-3, text_length=256),
+    "snli_ve":    dict(epochs=6, batch_size=64, lr=1.5e-3, text_length=64),
     "grocery":    dict(epochs=4, batch_size=32, lr=3e-3, text_length=64),
-    "grocery_ve": dict(epochs=3, batch_size=32, lr=3e-3, text_length=96),
-    "jsonl":      dict(epochs=10, batch_size=32, lr=3e-3, text_length=128),
+    "grocery_ve": dict(epochs=3, batch_size=32, lr=1.5e-3, text_length=96),
+    "jsonl":      dict(epochs=10, batch_size=32, lr=1.5e-3, text_length=128),
 }
 
 # --method chooses one of these: they differ in sizes, in what is trained and in what the head sees.
@@ -593,7 +594,7 @@ def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namesp
     flag("--static", type=at_least(0), default=6, help="static prompts a layer")
     flag("--experts", type=at_least(0), default=16, help="prompt experts a layer")
     flag("--dynamic", type=at_least(0), default=6, help="prompts that an expert holds")
-    flag("--temperature", type=at_least(1e-6, float), default=0.1, help="of the router's softmax")
+    flag("--temperature", type=at_least(1e-6, float), default=0.1, help="of the router; a higher one slows its learning")
     flag("--mapped", action=switch, default=True, help="one prompt a layer mapped from the other modality")
     flag("--mapper", type=at_least(1), default=16, help="hidden width of the MLP that maps it")
     flag("--prior-prompts", type=at_least(0), default=4, help="learned prompts a layer of the prior encoder")
