@@ -594,7 +594,7 @@ def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namesp
     flag("--static", type=at_least(0), default=6, help="static prompts a layer")
     flag("--experts", type=at_least(0), default=16, help="prompt experts a layer")
     flag("--dynamic", type=at_least(0), default=6, help="prompts that an expert holds")
-    flag("--temperature", type=at_least(1e-6, float), default=0.1, help="of the router; a higher one slows its learning")
+    flag("--temperature", type=at_least(1e-6, float), default=0.1, help="of the router; a higher one slows it down")
     flag("--mapped", action=switch, default=True, help="one prompt a layer mapped from the other modality")
     flag("--mapper", type=at_least(1), default=16, help="hidden width of the MLP that maps it")
     flag("--prior-prompts", type=at_least(0), default=4, help="learned prompts a layer of the prior encoder")
