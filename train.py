@@ -50,7 +50,7 @@ DEFAULTS = {
     "food101":    dict(epochs=10, batch_size=32, lr=1.5e-3, text_length=128),
     "mmimdb":     dict(epochs=10, batch_size=32, lr=1.5e-3, text_length=256),
     "snli_ve":    dict(epochs=6, batch_size=64, lr=1.5e-3, text_length=64),
-    "grocery":    dict(epochs=4, batch_size=32, lr=3e-3, text_length=64),
+    "grocery":    dict(epochs=4, batch_size=32, lr=1.5e-3, text_length=64),
     "grocery_ve": dict(epochs=3, batch_size=32, lr=1.5e-3, text_length=96),
     "jsonl":      dict(epochs=10, batch_size=32, lr=1.5e-3, text_length=128),
 }
