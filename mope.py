@@ -287,7 +287,7 @@ class MoPE(nn.Module):
 
     def compatibility_facts(self) -> dict:
         """Return what names and shapes of weights do not show, and a model has to share to use them; None = unknown."""
-        facts = {"temperature": self.prompts.temperature}
+        facts = {"temperature": self.prompts.temperature, "router speed": ROUTER_SPEED}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
             facts |= {f"{part} {fact}": value for fact, value in (getattr(encoder, "source", None) or {}).items()}
             for fact in ("pooling", "image_size", "mean", "std"):

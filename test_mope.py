@@ -597,6 +597,8 @@ def test_trained_state_goes_to_a_fresh_process(root):
             (vit, 5, dict(temperature=0.2), state, "temperature is 0.2"), (vit, 6, {}, state, "misshapen", "head")):
         wrong = MoPE(backbone, bert, classes, n_experts=4, **settings)
         refused(lambda: wrong.load_trained_state(given), *hints)
+    with mock.patch("mope.ROUTER_SPEED", 4):  # as somebody may set it in a copy
+        refused(lambda: model.load_trained_state(state), "router speed is 4", "trained with 16")
 
     # what counts is what a tensor is, not whether it requires a gradient when it is saved
     names = state["weights"].keys()
