@@ -1885,13 +1885,13 @@ def test_readme_snippets_run_as_typed(root):
 
 
 def test_readme_commands_parse():
-    """All parse: every `python train.py FLAGS`, and the `run NAME FLAGS` and `on TASK NAME FLAGS` of the sweeps, where
-    a shell variable counts as 1."""
+    """All parse: every `python train.py FLAGS`, and the `run NAME FLAGS` and `on NAME FLAGS` of the sweeps, where a
+    shell variable counts as 1."""
     parsed = 0
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S):
-        for command in re.split(r";|&&|\n|\bdo\b", block.replace("\\\n", " ").replace("$task", "grocery")):
+        for command in re.split(r";|&&|\n|\bdo\b", block.replace("\\\n", " ")):
             words_ = shlex.split(command, comments=True) or [""]
-            start = words_.index("train.py") + 1 if "train.py" in words_ else {"run": 2, "on": 3}.get(words_[0])
+            start = words_.index("train.py") + 1 if "train.py" in words_ else {"run": 2, "on": 2}.get(words_[0])
             if start is not None:
                 train.parse(["1" if "$" in word else word for word in words_[start:] if word != "$@"])
                 parsed += 1
