@@ -1317,7 +1317,8 @@ def test_defaults_follow_method_data_set_and_machine():
             assert train.parse(["--dataset", "food101"]).workers == workers
             assert train.parse([]).workers == 0, "the toy needs none"
     for dataset, *wanted in (("food101", "default: 128", "default: data/food101", "default: 0.0015"),
-                             ("mmimdb", "default: 256", "default: data/mmimdb"), ("shapes", "default: 0.01", "default: 0.4")):
+                             ("mmimdb", "default: 256", "default: data/mmimdb"),
+                             ("shapes", "default: 0.01", "default: 0.4")):
         said = " ".join(output(lambda: train.parse(["--dataset", dataset, "--help"])).split())
         for word in (*wanted, "several minutes", "torchrun", "exit code 0"):
             assert word in said, f"{word} not in the help of {dataset}: {said}"
