@@ -81,7 +81,7 @@ class ConditionalPrompts(nn.Module):
         # D_y: the softmax would saturate within the first hundred steps, and the router would stop learning. So `route`
         # divides by D_y (the 1/fan-in rule of muP, arXiv 2203.03466), and routers learn alike for every encoder. At a
         # temperature of 0.1 and a learning rate of 0.001, a step moves a logit by at most about 0.1. ROUTER_SPEED and
-        # temperature set this speed alone: weights start such that first logits have a standard deviation of about 1.
+        # temperature set only this: the start makes up for both, so first logits have a standard deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)
@@ -235,18 +235,18 @@ class MoPE(nn.Module):
         Images are [B, 3, S, S] uint8, RGB and not normalised; texts are ids [B, N] int64 with [CLS] and [SEP], padded.
         """
         dtype = self.head.weight.dtype  # prompts and head are computed in the precision of their weights
-        given = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
-        if given is not None:
-            given = given.unsqueeze(1).expand(-1, y.shape[0], -1, -1)
+        prior_prompts = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
+        if prior_prompts is not None:
+            prior_prompts = prior_prompts.unsqueeze(1).expand(-1, y.shape[0], -1, -1)  # [L_y, B, l, D_y]
         if self.one_modality:  # nothing depends on psi
             psi = torch.zeros(x.shape[0], self.prior.dim, dtype=dtype, device=x.device)
         else:
-            psi = self.prior(y, given).to(dtype)  # [B, D_y]
+            psi = self.prior(y, prior_prompts).to(dtype)  # [B, D_y]
         with torch.autocast(psi.device.type, enabled=False):
             prompts, routing = self.prompts(psi)  # [L, B, P, D], [B, L, k]
         feature = self.main(x, prompts).to(dtype)  # [B, D]
 
-        for encoder, its_prompts, out in ((self.prior, given, psi), (self.main, prompts, feature)):
+        for encoder, its_prompts, out in ((self.prior, prior_prompts, psi), (self.main, prompts, feature)):
             expected = torch.is_grad_enabled() and its_prompts is not None and its_prompts.requires_grad
             if expected and not out.requires_grad:
                 raise InputError(f"{type(encoder).__name__} ignores its prompts, or lets no gradient through to them; "
