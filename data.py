@@ -421,6 +421,8 @@ def unlabelled(inputs: list[str], classes: list[str], several: bool) -> Pairs:
         row = {"id": inputs[0], "image": Path(inputs[0]).name, "text": inputs[1]}
         source.entries = lambda path, split: [("the pair", json.dumps(row))]
     samples = [sample._replace(label=None) for sample in source.load_split("test")]
+    for name in ("file", "entries"):  # loader processes cannot be sent a lambda
+        vars(source).pop(name, None)
     return Pairs(source, "test", samples, classes, several, seed=0)
 
 
@@ -564,9 +566,9 @@ def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: in
          accumulate: int = 1) -> list[list[tuple[int, int]]]:
     """Return the batches of this process in an epoch, from step `start` on, as lists of (epoch, index).
 
-    In training `batch_size` samples make a step, dealt out over processes and micro-batches, and an incomplete last
-    step is dropped; in evaluation every sample comes exactly once over all processes. A batch is padded to its longest
-    text, so texts of similar length are put together: in evaluation all are sorted, in training ten steps at a time.
+    `batch_size` samples make a step, dealt out over processes and micro-batches. In training an incomplete last step is
+    dropped; in evaluation every sample comes exactly once over all processes. A batch is padded to its longest text, so
+    texts of similar length are put together: in evaluation all are sorted, in training ten steps at a time.
     """
     lengths = np.array([len(pairs.sample(i, epoch).text) // 64 for i in range(len(pairs))])  # 64: some 16 word pieces
     order, steps = lengths.argsort(kind="stable"), pairs.steps(batch_size)
@@ -582,7 +584,7 @@ def plan(pairs: Pairs, batch_size: int, seed: int = 0, epoch: int = 0, start: in
         order = rng.permutation(order.reshape(steps, batch_size)).flatten()
 
     mine = [order[step * batch_size:(step + 1) * batch_size][rank::world] for step in range(start, steps)]
-    micro_batches = [part for batch in mine for part in np.split(batch, accumulate if pairs.train else 1)]
+    micro_batches = [part for batch in mine for part in np.array_split(batch, accumulate)]
     return [[(epoch, int(i)) for i in part] for part in micro_batches if len(part)]
 
 

@@ -4,9 +4,9 @@ This file implements paper A: Jiang, Liu, Chen, "Conditional Prompt Tuning for M
 Paper B is its successor, arXiv 2403.10568. We could read the abstracts, public notes on the papers, and facts about
 the code published for paper B, but not the full texts. "Our choice" marks what they leave open.
 
-The idea. Two pretrained Transformers stay frozen. One modality, y (the "prior" one), is encoded first. From its
-feature, psi, we make a few prompts for every layer of the encoder of the other modality, x (the "main" one), whose
-tokens then attend to them. So what is seen of x depends on y:
+The idea. Two pretrained Transformers stay frozen. One modality, y (the "prior" one), is encoded first. Then every
+layer of the encoder of the other modality, x (the "main" one), gets a few prompts, most of them made from psi, the
+feature of y. The tokens of x attend to them, so what is seen of x depends on y:
 
     y --> frozen encoder --> psi --> normalise --+--> router --> mixture of experts --> dynamic prompts --+
                ^              |                  +--> small MLP ----------------------> mapped prompt  ---+
@@ -73,15 +73,17 @@ class ConditionalPrompts(nn.Module):
         super().__init__()
         self.layers, self.dim, self.temperature = layers, dim, float(temperature)
         self.k = n_experts if n_dynamic else 0
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}; expected a number above 0")
         self.static = new_prompts(init_bound, layers, n_static, dim) if n_static else None
         self.experts = new_prompts(init_bound, layers, self.k, n_dynamic, dim) if self.k else None
 
         # The routers of all layers are one matrix. Adam changes every weight by about the learning rate in a step. A
-        # logit is a sum over D_y inputs, so it can change by the learning rate times the sum of |psi|. That grows with
-        # D_y: the softmax would saturate within the first hundred steps, and the router would stop learning. So `route`
-        # divides by D_y (the 1/fan-in rule of muP, arXiv 2203.03466), and routers learn alike for every encoder. At a
-        # temperature of 0.1 and a learning rate of 0.001, a step moves a logit by at most about 0.1. ROUTER_SPEED and
-        # temperature set only this: the start makes up for both, so first logits have a standard deviation of about 1.
+        # logit is a sum over D_y inputs, so its change would grow with D_y: the softmax would saturate within the first
+        # hundred steps, and the router would stop learning. So `route` divides by D_y (the 1/fan-in rule of muP, arXiv
+        # 2203.03466), and routers learn alike for every encoder: at a temperature of 0.1 and a learning rate of 0.001,
+        # a step moves a logit by about 0.13 at most. The start makes up for ROUTER_SPEED and temperature: whatever they
+        # are, the first logits have a standard deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)
@@ -93,15 +95,15 @@ class ConditionalPrompts(nn.Module):
     def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
         """Return r_i = softmax(W_i psi * c / D_y / temperature) of a normalised psi, with noise and without, [B, L, k].
 
-        W_i [k, D_y] is the router of layer i, and c is ROUTER_SPEED. The experts are mixed with noise, which is for
-        training only; the importance loss and the metrics see the routing without.
+        W_i [k, D_y] is the router of layer i, and c is ROUTER_SPEED. The first mixes the experts, and has noise in
+        training only; the importance loss and the metrics see the second.
         """
         if self.router is None:
             always_on = psi.new_ones(psi.shape[0], self.layers, 1)
             return always_on, always_on
         scaled = psi * (ROUTER_SPEED / psi.shape[-1])
         logits = self.router(scaled).view(-1, self.layers, self.k) / self.temperature
-        # The noise has a standard deviation of 1/k², as in the code for paper B; nothing else is known about it.
+        # The noise has a standard deviation of 1/k², as in the code for paper B; no other source gives one.
         noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
         return (logits + noise).softmax(-1), logits.softmax(-1)
 
@@ -134,10 +136,9 @@ def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
     few experts nearly all the weight for every input, and the others get almost no gradient and stay untrained.
 
     Where the CV² of a layer is below the threshold, the loss gives no gradient, so experts need not be used exactly
-    alike. Only totals over the batch count: each sample may still be sent to a single expert. The batch is that of one
-    process and one micro-batch; in a small one CV² is large by chance, and the loss stricter. The sources disagree on
-    the threshold (0.05 or 0.1) and on CV or CV². Our choice: CV² < 0.05, layer by layer, with the population standard
-    deviation.
+    alike. Only totals over the batch count: each sample may still be sent to a single expert. The batch is one
+    micro-batch of one process; the smaller it is, the larger CV² is by chance. The sources disagree on the threshold
+    (0.05 or 0.1) and on CV or CV². Our choice: CV² < 0.05, layer by layer, with the population standard deviation.
     """
     importance = routing.float().sum(0)  # [L, k]
     cv2 = importance.var(-1, unbiased=False) / importance.mean(-1) ** 2  # [L]
@@ -171,11 +172,11 @@ class MoPE(nn.Module):
 
     To prompt text with vision, swap them: MoPE(load_bert(...), load_vit(...), ...) and model(input_ids, images).
     Each layer of the prior encoder gets `n_prior_prompts` ordinary learned prompts, as in the code for paper B; with 0
-    of them, no gradient is computed for that encoder. The head gets both features, our choice; with head="main" it gets
-    the main one alone, as in the code for paper B. If there is neither a router nor a mapper then, the prior modality
-    is not used at all, and `n_prior_prompts` has to be 0. With finetune=True the encoders are trained too, for
-    comparison. All other arguments go to `ConditionalPrompts`. Trained weights stay in float32; for speed, cast the
-    frozen ones with `cast_frozen`, and run under autocast.
+    of them, that encoder needs no backward pass. The head gets both features, our choice; with head="main" it gets the
+    main one alone, as in the code for paper B. If there is also neither router nor mapper, the prior modality is not
+    used at all, and `n_prior_prompts` has to be 0. With finetune=True the encoders are trained too, for comparison. All
+    other arguments go to `ConditionalPrompts`. Trained weights stay in float32; for speed, cast the frozen ones with
+    `cast_frozen`, and run under autocast.
 
     Any encoder can take the place of either of ours: a module with `dim` (its width), `depth` (its layers) and
     `prompt_init_bound` (0.06 for our ViT-B/16, 0.3 for our BERT) that keeps this contract. The README has an example.
@@ -183,7 +184,7 @@ class MoPE(nn.Module):
     - Layer i attends to prompts[i], gradients pass through to them, and a mask of tokens leaves them all visible.
     - With causal attention, the prompts go in front: tokens cannot attend to what comes after them.
     - x is one tensor, so a mask travels inside it: as a padding id, or as ids and mask stacked.
-    A prior encoder that takes no prompts needs n_prior_prompts=0.
+    A prior encoder that ignores its prompts needs n_prior_prompts=0; it is given None.
     """
 
     def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, n_prior_prompts: int = 4,
@@ -206,7 +207,7 @@ class MoPE(nn.Module):
         for encoder in (main, prior):
             frozen = encoder in self.frozen_encoders()
             encoder.requires_grad_(not frozen)
-            if not frozen:
+            if not frozen and isinstance(encoder, Encoder):
                 encoder.source = None  # it will differ from the file that it was loaded from
         self.train()
 
@@ -270,6 +271,9 @@ class MoPE(nn.Module):
             raise InputError(f"a trained state holds weights and backbones, but this is {str(state)[:60]}")
         for fact, here in self.compatibility_facts().items():
             there = state["backbones"].get(fact)
+            if fact.endswith("sha256") and there and not here:
+                print(f"{fact} is unknown; the state fits only the weights that it was trained with, {there}",
+                      file=sys.stderr)
             if here != there and None not in (here, there) and not fact.endswith("name"):
                 raise InputError(f"{fact} is {here}, but the state was trained with {there}, of {state['backbones']}")
         tensors = self.trained_tensors()
@@ -280,18 +284,19 @@ class MoPE(nn.Module):
         return self
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Return all tensors but those of frozen encoders, except for what somebody unfroze in these."""
+        """Return the tensors outside frozen encoders, and those inside that somebody unfroze."""
         frozen = {id(t) for encoder in self.frozen_encoders() for t in encoder.state_dict(keep_vars=True).values()
                   if not t.requires_grad}
         return {name: t for name, t in self.state_dict(keep_vars=True).items() if id(t) not in frozen}
 
     def compatibility_facts(self) -> dict:
-        """Return what names and shapes of weights do not show, and a model has to share to use them; None = unknown."""
+        """Return what must agree for trained weights to fit, besides names and shapes; None = unknown."""
         facts = {"temperature": self.prompts.temperature, "router speed": ROUTER_SPEED}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
-            facts |= {f"{part} {fact}": value for fact, value in (getattr(encoder, "source", None) or {}).items()}
-            for fact in ("pooling", "image_size", "mean", "std"):
-                facts[f"{part} {fact}"] = getattr(encoder, fact, None)
+            if isinstance(encoder, Encoder):
+                known = dict.fromkeys(("name", "sha256", "config.json")) | (encoder.source or {}) | {
+                    fact: getattr(encoder, fact, None) for fact in Encoder.FACTS}
+                facts |= {f"{part} {fact}": value for fact, value in known.items()}
         return facts
 
     def report(self) -> str:
@@ -401,12 +406,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 class Encoder(nn.Module):
     """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
+    FACTS = "heads", "eps", "pad_id", "pooling", "image_size", "mean", "std"  # what no tensor's shape shows
     source: dict | None = None  # name and hashes of the files that it was loaded from; set by the loaders
     prompt_init_bound: float  # prompts for this encoder start uniformly in [-bound, bound]
 
     def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
         super().__init__()
-        self.dim, self.depth = dim, depth
+        self.dim, self.depth, self.heads, self.eps = dim, depth, heads, eps
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps, pre_norm) for _ in range(depth))
 
     def run_blocks(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, n_out: int | None) -> Tensor:
@@ -444,7 +450,7 @@ class ViT(Encoder):
 
     def tokens(self, images: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
         """Encode images [B, 3, S, S], uint8, not normalised -> tokens [B, N, D] after the final norm, [CLS] first."""
-        if images.is_floating_point() or images.shape[-2:] != (self.image_size, self.image_size):
+        if images.is_floating_point() or images.shape[-3:] != (3, self.image_size, self.image_size):
             raise InputError(f"images are {images.dtype} {list(images.shape)}; expected uint8 pixels of 0 to 255, not "
                              f"normalised, [B, 3, {self.image_size}, {self.image_size}]")
         images = (images - self.shift) / self.scale
@@ -478,8 +484,7 @@ class BERT(Encoder):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
-        """Encode ids [B, N], padded with pad_id -> last hidden states [B, N, D]. A row of padding alone gives nan, but
-        no tokenizer makes one: it adds [CLS] and [SEP] even to an empty text."""
+        """Encode ids [B, N], padded with pad_id, at least one real id in a row -> last hidden states [B, N, D]."""
         if ids.shape[1] > self.max_length:
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
@@ -513,15 +518,14 @@ VISION = {  # name -> url, first digits of the sha256
 }
 BERT_BASE = "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"  # hub id, revision
 BERT_FORMATS = "model.safetensors", "pytorch_model.bin"
-HEADS = {64: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # of the public ViTs, by width; 64 is a toy
+HEADS = {64: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # the usual ones, by width; 64 is a toy
 
 # Names in the public files -> names here, by regular expressions that are applied in this order.
-TORCHVISION_NAMES = {
+VIT_NAMES = {  # torchvision's; of timm's and DINOv2's names, only the last one differs from ours
     r"^class_token": "cls_token", r"^conv_proj": "patch_embed", r"^encoder\.pos_embedding": "pos_embed",
     r"^encoder\.layers\.encoder_layer_": "blocks.", r"^encoder\.ln\.": "norm.", r"\.ln_": ".norm",
     r"self_attention\.in_proj_": "attn.qkv.", r"self_attention\.out_proj": "attn.proj",
-    r"mlp\.(linear_1|0)\.": "mlp.fc1.", r"mlp\.(linear_2|3)\.": "mlp.fc2."}
-TIMM_NAMES = {r"^patch_embed\.proj": "patch_embed"}  # and DINOv2's
+    r"mlp\.(linear_1|0)\.": "mlp.fc1.", r"mlp\.(linear_2|3)\.": "mlp.fc2.", r"^patch_embed\.proj": "patch_embed"}
 BERT_NAMES = {
     r"LayerNorm\.gamma": "LayerNorm.weight", r"LayerNorm\.beta": "LayerNorm.bias",  # in older files
     r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
@@ -536,18 +540,18 @@ UNUSED = (r"(heads?|head_dist|fc|pre_logits|mask_token|cls|classifier|qa_outputs
           r"seq_relationship|embeddings\.position_ids|embeddings\.token_type_ids)(\.|$)")
 
 
-def load_vit(name: str, image_size: int = 224) -> ViT:
+def load_vit(name: str, image_size: int = 224, heads: int | None = None) -> ViT:
     """Load a ViT in float32, for images of that size. Raises InputError.
 
     The name is one of `VISION`, a file in the format of torchvision, DINOv2 or timm, or the hub id or folder of a plain
     ViT of timm (config.json, model.safetensors). Most sizes are read off the tensors. Heads, mean and std come from the
-    config.json; without one, heads follow from the width, and mean and std are ImageNet's.
+    config.json. Without one, mean and std are ImageNet's, and unless `heads` is given, it follows from the width, which
+    is wrong for a few models: MoCo v3's ViT-S has 12 heads.
     """
     path, config = find_vit(name)
     weights = read_weights(path)
     with explained(f"{path}: not a plain ViT of torchvision, DINOv2 or timm"):
-        torchvision = any(key.endswith("class_token") for key in weights)
-        weights = rename(weights, TORCHVISION_NAMES if torchvision else TIMM_NAMES)
+        weights = rename(weights, VIT_NAMES)
         # LayerScale multiplies the output of each branch in DINOv2; scaling the rows of its last matrix does the same.
         for key in [key for key in weights if key.endswith(".gamma")]:
             gamma, last = weights.pop(key), key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
@@ -555,14 +559,15 @@ def load_vit(name: str, image_size: int = 224) -> ViT:
             weights[f"{last}.bias"] = gamma * weights[f"{last}.bias"]
         dim, _, patch_size, _ = weights["patch_embed.weight"].shape
         depth = len([key for key in weights if key.endswith(".attn.qkv.weight")])
-        heads = config.get("model_args", {}).get("num_heads") or HEADS.get(dim)
+        heads = heads or config.get("model_args", {}).get("num_heads") or HEADS.get(dim)
         if heads is None:
             raise InputError(f"{path}: a ViT of width {dim}; heads are known for the widths {list(HEADS)}")
         pixels = config.get("pretrained_cfg", config)
         pixels = {key: tuple(map(float, pixels[key])) for key in ("mean", "std") if key in pixels}
         vit = ViT(image_size, patch_size, dim, depth, heads, len(weights["blocks.0.mlp.fc1.weight"]), **pixels)
         weights["pos_embed"] = resize_positions(weights["pos_embed"], image_size // patch_size)
-    return load_checked(vit, weights, path, name, config, f", for pixels of mean {vit.mean} and std {vit.std}")
+    also = f", with {heads} heads, for pixels of mean {vit.mean} and std {vit.std}"
+    return load_checked(vit, weights, path, name, config, also)
 
 
 def load_bert(name: str, pooling: str = "mean") -> BERT:
@@ -727,8 +732,8 @@ def find(name: str, alternative: str, formats: tuple = ("model.safetensors",), r
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"{name!r}: no such file or folder; expected one, or a hub id (owner/name), or {alternative}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise InputError(f"{name}: no such file or folder; expected one, or a hub id (owner/name), or {alternative}")
     with explained(f"could not get {name} from the Hugging Face hub; without a network, give a folder with its "
                    "weights, config.json and tokenizer.json"):
         from huggingface_hub import snapshot_download  # it comes with tokenizers

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -502,6 +503,8 @@ def test_modes_of_training_and_evaluation():
 def test_inputs_and_encoders_that_do_not_fit_are_refused():
     refused(lambda: tiny()(pixels().float() / 255, words()), "torch.float32", "uint8")
     refused(lambda: tiny()(pixels(size=40), words()), "[4, 3, 40, 40]", "[B, 3, 32, 32]")
+    refused(lambda: tiny()(pixels()[:, :1], words()), "[4, 1, 32, 32]", "[B, 3, 32, 32]")
+    refused(lambda: tiny(temperature=0), "temperature is 0")
     refused(lambda: tiny()(pixels(), words(length=17)), "17 word pieces", "at most 16")
     for layers in (2, 4):
         refused(lambda: tiny().main(pixels(), torch.zeros(layers, 4, 1, 24)), kind=ValueError)
@@ -519,7 +522,8 @@ def test_inputs_and_encoders_that_do_not_fit_are_refused():
     with torch.no_grad():
         model(pixels(), words())  # without gradients it cannot be known
     model.main.hears = True
-    assert model(pixels(), words()).logits.shape == (4, 5)
+    model.main.register_buffer("mean", torch.zeros(3))  # such names mean something in our encoders only
+    assert model.load_trained_state(model.trained_state())(pixels(), words()).logits.shape == (4, 5)
 
 
 def test_head_can_see_one_feature():
@@ -597,6 +601,10 @@ def test_trained_state_goes_to_a_fresh_process(root):
             (vit, 5, dict(temperature=0.2), state, "temperature is 0.2"), (vit, 6, {}, state, "misshapen", "head")):
         wrong = MoPE(backbone, bert, classes, n_experts=4, **settings)
         refused(lambda: wrong.load_trained_state(given), *hints)
+    sizes = dict(image_size=32, patch_size=8, dim=64, depth=2, mlp_dim=64)
+    said = output(lambda: MoPE(ViT(**sizes, heads=4), bert, 5, n_experts=4).load_trained_state(state))
+    assert "main sha256 is unknown" in said, "these weights may be random"
+    refused(lambda: MoPE(ViT(**sizes, heads=2), bert, 5, n_experts=4).load_trained_state(state), "main heads is 2")
     with mock.patch("mope.ROUTER_SPEED", 4):  # as somebody may set it in a copy
         refused(lambda: model.load_trained_state(state), "router speed is 4", "trained with 16")
 
@@ -606,7 +614,7 @@ def test_trained_state_goes_to_a_fresh_process(root):
     assert not any(name.startswith(("main.", "prior.")) for name in names)
     tuned = MoPE(vit, bert, 5, finetune=True).trained_state()
     assert any(name.startswith("main.") for name in tuned["weights"])
-    assert "main sha256" not in tuned["backbones"], "its encoders are not those of the files"
+    assert tuned["backbones"]["main sha256"] is None, "its encoders are not those of the files"
     vit, bert = load_vit(f"{root}/vit.pth", 32), load_bert(f"{root}/bert")
     image_only = MoPE(vit, bert, 5, n_experts=0, mapped=False, n_prior_prompts=0, head="main", finetune=True)
     assert not any(name.startswith("prior.") for name in image_only.trained_state()["weights"])
@@ -629,6 +637,8 @@ def test_broken_weight_files_are_explained(root):
                             (b"cos\nsystem\n(S'true'\ntR.",)):
         (root / "odd.pth").write_bytes(content)
         assert "\n" not in refused(lambda: load_vit("odd.pth", 32), "odd.pth", *hints)
+    refused(lambda: load_vit(root / "none.pth"), "none.pth: no such file")
+    assert load_vit(good, 32, heads=2).heads == 2 and "with 4 heads" in output(lambda: load_vit(good, 32))
 
     ones, quantised = torch.ones(64), torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)
     biases = ones.to_sparse(), quantised, ones[0].clone(), ones.to(torch.int8), None, ones.to(torch.complex64)
@@ -904,6 +914,7 @@ def test_batches_depend_on_neither_workers_nor_resume(root):
     assert first == sorted(one[0]["index"].tolist()), "a step has the same samples however it is dealt out"
     seen = [i for r in (0, 1) for batch in data.plan(splits["test"], 8, rank=r, world=2) for _, i in batch]
     assert sorted(seen) == list(range(12)), "evaluation sees every sample once"
+    assert [len(part) for part in data.plan(splits["test"], 8, accumulate=2)] == [4, 4, 2, 2], "and takes less memory"
     refused(lambda: batches(0, 0, world=5), "--batch-size 12", "5")
     refused(lambda: data.plan(pairs, 64), "--batch-size of 36 or less")
 
@@ -1507,7 +1518,9 @@ def test_nothing_is_written_over(root):
         (out / name).write_text("somebody's")
         refused(lambda: trained(root, out.name), name, "nothing is written over", "--out")
         assert (out / name).read_text() == "somebody's" and not (out / "last.pt.tmp").exists()
+    refused(lambda: trained(root, "new", "--batch-size", "64"), "fill no batch")
     here = set(os.listdir())
+    assert "new" not in here, "the corrected command can be given"
     refused(lambda: train.main(arguments(root, "--out", "")), "--out is empty")
     assert set(os.listdir()) == here, "an empty name is no folder"
 
@@ -1575,7 +1588,6 @@ def test_resume_needs_the_data_and_encoders_as_they_were(root):
                          (titles, lambda text: text.replace("photo", "x", 1)),  # text
                          (titles, lambda text: text.replace("green_1.jpg,", "red_0.jpg,", 1).replace(
                              '1",green', '1",red', 1)),  # label
-                         ("food/texts/test_titles.csv", lambda text: text[text.index("\n"):]),  # test rows
                          ("food/images/train/red/red_0.jpg", lambda text: text + "\0"),  # size of a picture
                          ("bert/vocab.txt", lambda text: text.replace("red\ngreen", "green\nred")),
                          (config, lambda text: text.replace('heads": 2', 'heads": 4')),
@@ -1588,7 +1600,22 @@ def test_resume_needs_the_data_and_encoders_as_they_were(root):
         with mock.patch("train.loop", side_effect=AssertionError(f"{name}: not noticed")):
             refused(lambda: train.main(run), "prior config.json" if name == config else "is not what")
         path.write_bytes(before)
-    train.main(run)
+
+    # nothing trained depends on test rows, which damaged pictures may have forced to change
+    titles = root / "food/texts/test_titles.csv"
+    titles.write_text(titles.read_text().split("\n", 1)[1])
+    assert "the test split is not what" in output(lambda: train.main(run))
+    assert read(root / "run/results.json")["test"]["samples"] == 11
+
+
+def test_validation_that_fails_loses_no_epoch(root):
+    with mock.patch("train.evaluate", side_effect=InputError("too many are damaged")):
+        refused(lambda: trained(root), "damaged")
+    at = read(root / "run/last.pt")["progress"]
+    assert at["epoch"] == 0 and at["step"] == len(at["losses"]) == 6
+    with mock.patch("train.Run.loss", side_effect=AssertionError("trained twice")):
+        train.main(["--resume", f"{root}/run"])
+    assert (root / "run/results.json").exists()
 
 
 def test_odd_metadata_do_no_harm(root):
@@ -1736,7 +1763,8 @@ def test_checkpoints_of_other_programs_are_told_in_a_sentence(root):
 
 
 def test_new_rows_are_scored(root):
-    checkpoint = ["--checkpoint", f"{trained(root)}/best.pt"]
+    with mock.patch("train.MoPE.compile"):  # of which predicting does without
+        checkpoint = ["--checkpoint", f"{trained(root, 'run', '--compile')}/best.pt"]
     new, score = root / "new", ["--predict", f"{root}/new/rows.jsonl", *checkpoint]
     shutil.copytree(root / "food/images/test", new / "pictures")
     names = sorted(str(f.relative_to(new)) for f in new.rglob("*.jpg"))
@@ -1749,6 +1777,10 @@ def test_new_rows_are_scored(root):
     assert all(0.5 <= float(row["probability"]) <= 1 for row in table)
     refused(lambda: train.main(score), "predictions.csv", "move it")
     assert (new / "predictions.csv").read_bytes() == before
+
+    for inputs_ in ([f"{new}/rows.jsonl"], [f"{new}/{names[0]}", "a photo"]):  # it can go to loader processes
+        sent = pickle.loads(pickle.dumps(data.unlabelled(inputs_, ["red"], False)))
+        assert len(sent) == (12 if len(inputs_) == 1 else 1)
 
     (new / "odd.jsonl").write_text('{"image": "a.jpg"}')
     for inputs_, hint in ((["new/odd.jsonl"], "odd.jsonl:1"), (["new/none.jsonl"], "none.jsonl"),
@@ -1836,7 +1868,7 @@ def test_precision_and_ranks_follow_the_cards(root):
 
     stop_in_the_first_step(arguments(root, "--out", f"{root}/run"))
     state = train.load_checkpoint(root / "run/last.pt")
-    with mock.patch.multiple(train, RANK=1, WORLD=2, gather=lambda items: items + [state]):
+    with mock.patch.multiple(train, RANK=1, WORLD=2, from_first=lambda make: state):
         with mock.patch("train.load_checkpoint", side_effect=AssertionError("rank 1 has no such file")):
             assert train.resolve(["--resume", "/elsewhere/run"])[1] == state["config"]
     four = dict(is_available=lambda: True, device_count=lambda: 4, set_device=mock.Mock())

@@ -135,6 +135,7 @@ def train(run: Run, state: dict | None) -> None:
         group = dist.new_group(backend="nccl") if run.device.type == "cuda" else None
         run.network = DistributedDataParallel(run.model, process_group=group, broadcast_buffers=False,
                                               gradient_as_bucket_view=True)
+    run.batches("train")  # refuses a batch size that does not fit before anything is written
     with lock(run.out), orderly_stop(run):
         if state:
             restore(run, state)
@@ -190,7 +191,9 @@ def loop(run: Run) -> None:
             if stop:
                 raise Stopped(stop)
 
-        # At the end of an epoch: validate, write a line to the log, keep the best weights.
+        # At the end of an epoch: validate, write a line to the log, keep the best weights. It is saved before as well,
+        # since torchrun leaves half a minute to stop, which may be too short to validate.
+        save(run, "last.pt")
         at.damaged["train"] = data.check_damaged(gather(at.damaged["train"]), pairs.samples, "train")
         validation, rows = evaluate(run, "val")
         at.damaged["val"] = rows["damaged"]
@@ -310,7 +313,7 @@ def interval(pairs: data.Pairs, rows: dict) -> list[float]:
 def finish(run: Run) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png; tell mistakes."""
     config, at, pairs = run.config, run.progress, run.splits["test"]
-    [best] = gather([load_checkpoint(run.out / "best.pt")] if RANK == 0 else [])  # from the process that wrote it
+    best = from_first(lambda: load_checkpoint(run.out / "best.pt"))  # from the process that wrote it
     if differ := [key for key in config.keys() - MAY_CHANGE if best["config"].get(key) != config[key]]:
         raise InputError(f"{run.out}/best.pt is of another run, with another {', '.join(sorted(differ))}")
     run.model.load_trained_state(best["trained"])
@@ -651,7 +654,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict | No
         raise InputError("--predict takes a file of rows, or an image and a text in quotes" if args.predict else
                          "--out is empty; give the run a folder of its own")
     if path := args.checkpoint or args.resume and args.resume / "last.pt":
-        [state] = gather([load_checkpoint(path)] if RANK == 0 else [])  # the others may have no access to the file
+        state = from_first(lambda: load_checkpoint(path))  # the others may have no access to the file
         if state["config"].keys() != vars(args).keys() - set(ACTIONS):
             raise InputError(f"{path} is of another version of train.py, with {sorted(map(str, state['config']))}")
         stored = {**state["config"], "out": path.parent}
@@ -691,6 +694,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def save(run: Run, name: str) -> None:
     """Write a checkpoint: what was trained, and all that it takes to go on as if nothing had happened."""
+    if RANK > 0:
+        return
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
     pairs, file = run.splits["train"], io.BytesIO()
     torch.save(dict(config=run.config, versions=versions, progress=asdict(run.progress), classes=pairs.classes,
@@ -704,9 +709,13 @@ def save(run: Run, name: str) -> None:
 def restore(run: Run, state: dict) -> None:
     """Load the weights of a checkpoint; and in training, go on from there, which needs the same data as well."""
     for part, now in digests(run).items():
-        if now != (then := state["digests"].get(part)) and (run.optimizer or part == "tokenizer"):
-            raise InputError(f"the {part} is not what {run.out} began with ({now}, not {then}); give --data-dir or "
-                             "--text with that, or start a new run")
+        then = state["digests"].get(part)
+        if now == then or not run.optimizer and part != "tokenizer":
+            continue
+        told = f"the {part} is not what {run.out} began with ({now}, not {then})"
+        if part != "test split":
+            raise InputError(f"{told}; give --data-dir or --text with that, or start a new run")
+        say(told)  # nothing trained depends on it, and its damaged images may have been replaced
     run.model.load_trained_state(state["trained"])
     if not run.optimizer:  # an evaluation
         return
@@ -721,7 +730,8 @@ def restore(run: Run, state: dict) -> None:
 
 
 def digests(run: Run) -> dict[str, str]:
-    tokenizer = hashlib.sha256(run.tokenizer.to_str().encode()).hexdigest()
+    tokenizer = json.loads(run.tokenizer.to_str()) | {"padding": None}  # which differs with --compile
+    tokenizer = hashlib.sha256(json.dumps(tokenizer).encode()).hexdigest()
     return {"tokenizer": tokenizer, **{f"{name} split": pairs.digest for name, pairs in run.splits.items()}}
 
 
@@ -806,6 +816,14 @@ def gather(items: list) -> list:
     if WORLD > 1:
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def from_first(make):
+    """Return what the first process makes, in every process."""
+    made = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 class Stopped(KeyboardInterrupt):
