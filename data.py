@@ -90,7 +90,7 @@ class Layout:
 
     def file(self, split: str) -> Path:
         names = ("val", "dev") if split == "val" else (split,)
-        return self.require(*(self.folder / pattern.format(name) for name in names for pattern in self.files))
+        return self.require(*(self.folder / pattern.format(name) for pattern in self.files for name in names))
 
     def entries(self, path: Path, split: str) -> Iterator[tuple[str | Path, str]]:
         """Yield ("file:line", line) for every line that is not blank, of UTF-8 with or without byte order mark."""
@@ -285,7 +285,7 @@ class Grocery(Layout):
 
     def pick_text(self, sample: Sample, rng: np.random.Generator) -> Sample:
         product = rng.choice(self.group[sample.label])
-        return sample._replace(text=rng.choice(self.description[product]))
+        return sample._replace(text=str(rng.choice(self.description[product])))
 
 
 class GroceryVE(Grocery):
@@ -652,7 +652,7 @@ def plot_routing(pairs: Pairs, routing: torch.Tensor, busiest: int = 6, shown: i
     layer = int(routing.var(0, unbiased=False).sum(-1).argmax())
     weights, title = routing[:, layer], f"Layer {layer + 1}"
     share = weights.mean(0)
-    used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > 0.01]
+    used = [e for e in share.argsort(descending=True)[:busiest].tolist() if share[e] > min(0.01, 0.1 / k)]
     kinds = [sample.id.rpartition("-")[0] if pairs.source.ids_name_kinds else "" for sample in pairs.samples]
     kinds, by_kind, told, most = routing_by_kind(kinds, weights)
     right, row = max(200 + CELL * k, 560), TILE + 60

@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -919,6 +920,21 @@ def test_batches_depend_on_neither_workers_nor_resume(root):
     refused(lambda: data.plan(pairs, 64), "--batch-size of 36 or less")
 
 
+def test_evaluation_keeps_no_files_open(root):
+    """What a worker sends lies in shared memory, and each tensor of it holds a file open."""
+    config = vars(train.parse(arguments(root, "--workers", "1", "--batch-size", "1")))
+    cpu, splits = torch.device("cpu"), data.load("food101", root / "food")
+    splits["test"].samples *= 20
+    model = train.build(config, 2, cpu, torch.float32)
+    run = train.Run(config, root, cpu, torch.float32, model, splits, data.load_tokenizer(model.prior, 16))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        assert train.evaluate(run, "test")[0]["samples"] == 240
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_train_size_is_seeded_and_stratified(root):
     """And texts of similar length share a batch."""
     make_food(root)
@@ -995,6 +1011,14 @@ def make_grocery(root: Path, numbers: tuple = (0, 1, 2)) -> Path:
     for split in ("train", "val", "test"):
         (root / f"dataset/{split}.txt").write_text("a.png, 0, 0\na.png, 1, 0\na.png, 2, 1\n")
     return root
+
+
+def test_prepared_copy_of_mmimdb_is_read_whole(root):
+    (root / "split.json").write_text('{"train": ["1"], "dev": ["1"], "test": ["1"]}')
+    Image.new("RGB", (8, 8)).save(root / "1.jpeg")
+    for split in ("train", "dev", "test"):
+        (root / f"{split}.jsonl").write_text(json.dumps({"image": "1.jpeg", "text": split, "label": ["Drama"]}))
+    assert data.load("mmimdb", root)["val"].samples[0].text == "dev"
 
 
 def test_layout_errors_name_the_file(root):
@@ -1093,6 +1117,7 @@ def test_picture_of_the_routing():
     routing = torch.eye(4)[[0, 1] * 3][:, None].expand(6, 3, 4)
     whole = data.plot_routing(pairs, routing)
     assert len(whole.getcolors(1 << 24)) > 50
+    assert data.plot_routing(pairs, torch.full((6, 3, 200), 1 / 200)).height > 6 * data.TILE, "each is a busy one"
     if not hasattr(PIL.ImageFont, "load_default_imagefont"):
         raise unittest.SkipTest("this Pillow cannot load the old font by name")
     old = PIL.ImageFont.load_default_imagefont()

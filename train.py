@@ -259,7 +259,7 @@ def evaluate(run: Run, split: str) -> tuple[dict, dict]:
             raise Stopped(run.stop_signals[0])
         logits, routing, _, labels = run.forward(batch)
         routing = logits.new_zeros(len(logits), 0, 0) if routing is None else routing
-        rows.append((batch["index"], logits, labels, routing))
+        rows.append((batch["index"].clone(), logits, labels.clone(), routing))  # what a worker sent keeps a file open
         damaged += batch["damaged"]
 
     # They stay on the device up to here; of several processes, each had its own samples.
@@ -425,7 +425,8 @@ def benchmark(run: Run, repeats: int = 10) -> None:
     if run.splits:
         batches = iter(run.batches("train"))
         batch, began = next(batches), time.perf_counter()
-        images = sum(len(other["index"]) for other, _ in zip(batches, range(2 * repeats)))
+        many = max(2 * repeats, 10 * config["workers"])  # beside these, what workers have ready by now counts little
+        images = sum(len(other["index"]) for other, _ in zip(batches, range(many)))
         say(f"loader alone: {images / (time.perf_counter() - began):.1f} images/s with --workers {config['workers']}")
     else:  # random inputs, texts as long as a title
         n, side = config["batch_size"], config["image_size"]
