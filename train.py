@@ -151,7 +151,6 @@ def loop(run: Run) -> None:
     config, model, at, pairs = run.config, run.model, run.progress, run.splits["train"]
     optimizer, scaler, network, accumulate = run.optimizer, run.scaler, run.network, config["accumulate"]
     epochs, steps = config["epochs"], pairs.steps(config["batch_size"])
-    trainable = optimizer.param_groups[0]["params"]
     metric = "f1_micro" if pairs.multilabel else "accuracy"
 
     while at.epoch < epochs:
@@ -179,7 +178,7 @@ def loop(run: Run) -> None:
 
             # The step. If the loss or the gradient is not finite, check_step raises before the weights change.
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
             loss, stop = check_step(run, loss, norm)
             at.losses.append(loss)
             scaler.step(optimizer)
@@ -191,8 +190,7 @@ def loop(run: Run) -> None:
             if stop:
                 raise Stopped(stop)
 
-        # At the end of an epoch: validate, write a line to the log, keep the best weights. It is saved before as well,
-        # since torchrun leaves half a minute to stop, which may be too short to validate.
+        # At the end of an epoch: save (torchrun may not wait for more), validate, log a line, keep the best weights.
         save(run, "last.pt")
         at.damaged["train"] = data.check_damaged(gather(at.damaged["train"]), pairs.samples, "train")
         validation, rows = evaluate(run, "val")
