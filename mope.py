@@ -71,10 +71,10 @@ class ConditionalPrompts(nn.Module):
     def __init__(self, layers: int, dim: int, prior_dim: int, init_bound: float, n_static: int = 6, n_experts: int = 16,
                  n_dynamic: int = 6, mapped: bool = True, mapper_width: int = 16, temperature: float = 0.1):
         super().__init__()
-        self.layers, self.dim, self.temperature = layers, dim, float(temperature)
-        self.k = n_experts if n_dynamic else 0
         if not temperature > 0:
             raise InputError(f"temperature is {temperature}; expected a number above 0")
+        self.layers, self.dim, self.temperature = layers, dim, float(temperature)
+        self.k = n_experts if n_dynamic else 0
         self.static = new_prompts(init_bound, layers, n_static, dim) if n_static else None
         self.experts = new_prompts(init_bound, layers, self.k, n_dynamic, dim) if self.k else None
 
@@ -102,7 +102,7 @@ class ConditionalPrompts(nn.Module):
             always_on = psi.new_ones(psi.shape[0], self.layers, 1)
             return always_on, always_on
         scaled = psi * (ROUTER_SPEED / psi.shape[-1])
-        logits = self.router(scaled).view(-1, self.layers, self.k) / self.temperature
+        logits = self.router(scaled).view(-1, self.layers, self.k) / self.temperature  # [B, L, k]
         # The noise has a standard deviation of 1/k², as in the code for paper B; no other source gives one.
         noise = torch.randn_like(logits) / self.k ** 2 if self.training else 0
         return (logits + noise).softmax(-1), logits.softmax(-1)
@@ -115,10 +115,10 @@ class ConditionalPrompts(nn.Module):
         if self.static is not None:
             prompts.append(self.static.unsqueeze(1).expand(-1, psi.shape[0], -1, -1))  # [L, B, l, D]
         if self.experts is not None:
-            weights, routing = self.route(psi)
+            weights, routing = self.route(psi)  # each [B, L, k]
             # For top-1 routing, insert here: weights = weights * F.one_hot(weights.argmax(-1), self.k)
             # A dense mixture: dynamic prompts of layer i = the sum over j of r_i,j E_i,j, with experts E_i,j [l, D].
-            prompts.append(torch.einsum("BLk,LklD->LBlD", weights, self.experts))
+            prompts.append(torch.einsum("BLk,LklD->LBlD", weights, self.experts))  # [L, B, l, D]
         if self.mapper is not None:
             prompts.append(self.mapper(psi).view(-1, self.layers, 1, self.dim).transpose(0, 1))  # [L, B, 1, D]
         return (torch.cat(prompts, dim=2) if prompts else None), routing
@@ -269,8 +269,9 @@ class MoPE(nn.Module):
         """
         if not isinstance(state, dict) or not {"weights", "backbones"} <= state.keys():
             raise InputError(f"a trained state holds weights and backbones, but this is {str(state)[:60]}")
-        for fact, here in self.compatibility_facts().items():
-            there = state["backbones"].get(fact)
+        facts = self.compatibility_facts()
+        for fact, there in state["backbones"].items():
+            here = facts.get(fact)
             if fact.endswith("sha256") and there and not here:
                 print(f"{fact} is unknown; the state fits only the weights that it was trained with, {there}",
                       file=sys.stderr)
@@ -293,9 +294,8 @@ class MoPE(nn.Module):
         """Return what must agree for trained weights to fit, besides names and shapes; None = unknown."""
         facts = {"temperature": self.prompts.temperature, "router speed": ROUTER_SPEED}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
-            if isinstance(encoder, Encoder):
-                known = dict.fromkeys(("name", "sha256", "config.json")) | (encoder.source or {}) | {
-                    fact: getattr(encoder, fact, None) for fact in Encoder.FACTS}
+            if isinstance(encoder, Encoder):  # one of ours; of others nothing is known
+                known = {fact: getattr(encoder, fact, None) for fact in Encoder.FACTS} | (encoder.source or {})
                 facts |= {f"{part} {fact}": value for fact, value in known.items()}
         return facts
 
