@@ -1384,15 +1384,18 @@ def test_summarize_makes_a_table(root):
         (root / name / "results.json").write_text(json.dumps(results))
         return root / name
 
-    runs = [finished("a", 0.5, seed=0), finished("b", 0.7, seed=1), finished("c", 0.25, experts=2),
-            finished("d", 0.1, method="vanilla")]
+    runs = [finished("a", 0.5, seed=0), finished("b", 0.7, seed=1), finished("c", 0.25, experts=2, mapped=False),
+            finished("d", 0.1, method="vanilla", main="text")]
     head, _, *rows = [line[2:-2].split(" | ") for line in train.summarize(runs).splitlines()]
-    assert head == "method,experts,trainable,test accuracy,experts used,per sample,busiest,seeds".split(",")
-    first = "mope | 6 | 12.50% | 0.600 ± 0.141 | 3.000 ± 0.000 | 1.500 ± 0.000 | 0.400 ± 0.000 | 0, 1"
+    assert head == "method and flags,trainable,test accuracy,experts used,per sample,busiest,seeds".split(",")
+    first = "mope | 12.50% | 0.600 ± 0.141 | 3.000 ± 0.000 | 1.500 ± 0.000 | 0.400 ± 0.000 | 0, 1"
     assert rows[0] == first.split(" | ")
-    assert rows[1][:4] == ["mope", "2", "12.50%", "0.250"] and rows[2][:2] == ["vanilla", "0"]
+    assert rows[1][:3] == ["mope --experts 2 --no-mapped", "12.50%", "0.250"]
+    assert rows[2][0] == "vanilla --main text", "what a method sets by itself is not shown"
     mixed = train.summarize([runs[0], finished("e", 0.9, seed=0, precision="bfloat16")])
-    assert "| bfloat16 |" in mixed and "±" not in mixed, "other precisions are no other seeds"
+    assert "| mope --precision bfloat16 |" in mixed and "±" not in mixed, "other precisions are no other seeds"
+    other = train.summarize([runs[0], finished("f", 0.9, dataset="jsonl", mapped=True)])
+    assert "| mope --dataset shapes |" in other and "| mope --dataset jsonl" in other
     (root / "run.log").write_text("")
     for wrong in ("none", "run.log"):
         refused(lambda: train.summarize([root / wrong]), wrong, "finished run")

@@ -385,28 +385,30 @@ def predict(run: Run, inputs: list[str]) -> None:
 
 
 def summarize(folders: list[Path]) -> str:
-    """Return a Markdown table of finished runs: a row for those that differ in the seed only, mean ± deviation. Its
-    first columns are the settings in which the rows differ, but for what a method sets by itself."""
-    rows, chosen = defaultdict(list), {"dataset", "method"}
+    """Return a Markdown table of finished runs: a row for those that differ in the seed only, mean ± deviation. A row
+    begins with the method, and with the flags that were given and are not the same in all rows."""
+    rows, given = defaultdict(list), {}
     for path in folders:
         try:
             config, results = (json.loads(regular_file(path / f"{n}.json").read_bytes()) for n in ("config", "results"))
             config = {k: v for k, v in config["config"].items() if k not in (*INCIDENTAL, "seed")}
-            by_default = vars(parse(["--dataset", config["dataset"], "--method", config["method"]]))
-            chosen |= {k for k in config if config[k] != by_default.get(k)}
-            share = results["trainable_parameters"] / results["total_parameters"]
-            rows[json.dumps(config)].append({**results["test"], "trainable": f"{share:.2%}", "seed": results["seed"]})
+            defaults = vars(parse(["--dataset", config["dataset"], "--method", config["method"]])) | {"dataset": None}
+            share, key = results["trainable_parameters"] / results["total_parameters"], json.dumps(config)
+            rows[key].append({**results["test"], "trainable": f"{share:.2%}", "seed": results["seed"]})
+            given[key] = {k: v for k, v in config.items() if v != defaults.get(k)}
         except Exception as error:  # files of other programs fail in many ways
             raise InputError(f"{path}: not the folder of a finished run of this version ({error})") from None
 
     configs = [json.loads(key) for key in rows]
-    keys = [k for k in configs[0] if k in chosen and len({str(c.get(k)) for c in configs}) > 1]
+    vary = {k for k in configs[0] if len({str(config.get(k)) for config in configs}) > 1}
     columns = {name: f"test {name}" for name in SCORES if any(name in run for runs in rows.values() for run in runs)}
     columns |= {"experts_used": "experts used", "experts_per_sample": "per sample", "busiest_expert": "busiest"}
-    table = [[*keys, "trainable", *columns.values(), "seeds"]]
+    table = [["method and flags", "trainable", *columns.values(), "seeds"]]
     table.append(["---"] * len(table[0]))
-    for config, runs in zip(configs, rows.values()):
-        cells = [*(str(config.get(k)) for k in keys), runs[0]["trainable"]]
+    for config, flags, runs in zip(configs, given.values(), rows.values()):
+        flags = (f"--{'no-' * (v is False)}{k.replace('_', '-')}{'' if isinstance(v, bool) else f' {v}'}"
+                 for k, v in flags.items() if k in vary)
+        cells = [" ".join((config["method"], *flags)), runs[0]["trainable"]]
         for name in columns:
             values = [np.mean(run[name]) for run in runs if name in run]  # of routing, the mean over the layers
             deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
