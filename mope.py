@@ -21,7 +21,7 @@ What is trained, with ViT-B/16 + BERT-base, 101 classes and the defaults: 4 prio
 static prompts a layer (55,296), 16 experts of 6 prompts a layer (884,736), the routers (147,456), the MLP (168,976) and
 the head (155,237), in all 1,448,565 numbers or 0.74 % of all parameters; the abstract of paper A says 0.7 %.
 
-Symbols, used in every shape below. A y as in D_y marks the prior modality where both occur.
+Symbols, used in every shape below. An index y, as in D_y, marks the prior modality.
 
     B  batch                     L  layers of an encoder, i one of them     P  prompts of a layer, all kinds together
     N  tokens, [CLS] included    D  width of an encoder                     l  prompts of one kind in a layer
@@ -71,8 +71,8 @@ class ConditionalPrompts(nn.Module):
     def __init__(self, layers: int, dim: int, prior_dim: int, init_bound: float, n_static: int = 6, n_experts: int = 16,
                  n_dynamic: int = 6, mapped: bool = True, mapper_width: int = 16, temperature: float = 0.1):
         super().__init__()
-        if not temperature > 0:
-            raise InputError(f"temperature is {temperature}; expected a number above 0")
+        if not 0 < temperature < math.inf:
+            raise InputError(f"temperature is {temperature}; expected a finite number above 0")
         self.layers, self.dim, self.temperature = layers, dim, float(temperature)
         self.k = n_experts if n_dynamic else 0
         self.static = new_prompts(init_bound, layers, n_static, dim) if n_static else None
@@ -81,9 +81,8 @@ class ConditionalPrompts(nn.Module):
         # The routers of all layers are one matrix. Adam changes every weight by about the learning rate in a step. A
         # logit is a sum over D_y inputs, so its change would grow with D_y: the softmax would saturate within the first
         # hundred steps, and the router would stop learning. So `route` divides by D_y (the 1/fan-in rule of muP, arXiv
-        # 2203.03466), and routers learn alike for every encoder: at a temperature of 0.1 and a learning rate of 0.001,
-        # a step moves a logit by about 0.13 at most. The start makes up for ROUTER_SPEED and temperature: whatever they
-        # are, the first logits have a standard deviation of about 1.
+        # 2203.03466): at a temperature of 0.1 and a learning rate of 0.001, a step moves a logit by at most about 0.13,
+        # for any encoder. `std` cancels ROUTER_SPEED and temperature: logits start with a deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)
@@ -135,8 +134,8 @@ def importance_loss(routing: Tensor, threshold: float = 0.05) -> Tensor:
     share the batch evenly, and k - 1 if one takes everything. Without it, routing may degenerate: the router gives a
     few experts nearly all the weight for every input, and the others get almost no gradient and stay untrained.
 
-    Where the CV² of a layer is below the threshold, the loss gives no gradient, so experts need not be used exactly
-    alike. Only totals over the batch count: each sample may still be sent to a single expert. The batch is one
+    A layer whose CV² is below the threshold counts in the value but gets no gradient, so experts need not be used
+    exactly alike. Only totals over the batch count: each sample may still be sent to a single expert. The batch is one
     micro-batch of one process; the smaller it is, the larger CV² is by chance. The sources disagree on the threshold
     (0.05 or 0.1) and on CV or CV². Our choice: CV² < 0.05, layer by layer, with the population standard deviation.
     """
@@ -172,11 +171,11 @@ class MoPE(nn.Module):
 
     To prompt text with vision, swap them: MoPE(load_bert(...), load_vit(...), ...) and model(input_ids, images).
     Each layer of the prior encoder gets `n_prior_prompts` ordinary learned prompts, as in the code for paper B; with 0
-    of them, that encoder needs no backward pass. The head gets both features, our choice; with head="main" it gets the
-    main one alone, as in the code for paper B. If there is also neither router nor mapper, the prior modality is not
-    used at all, and `n_prior_prompts` has to be 0. With finetune=True the encoders are trained too, for comparison. All
-    other arguments go to `ConditionalPrompts`. Trained weights stay in float32; for speed, cast the frozen ones with
-    `cast_frozen`, and run under autocast.
+    of them, that encoder needs no backward pass. The head gets both features, our choice, or with head="main" the main
+    one alone, as in the code for paper B; without router and mapper, the prior modality is then not used at all, and
+    `n_prior_prompts` has to be 0. With finetune=True the encoders are trained too, for comparison: the model sets
+    `requires_grad` in both. Other arguments go to `ConditionalPrompts`. Trained weights stay in float32; for speed,
+    cast the frozen ones with `cast_frozen`, and run under autocast.
 
     Any encoder can take the place of either of ours: a module with `dim` (its width), `depth` (its layers) and
     `prompt_init_bound` (0.06 for our ViT-B/16, 0.3 for our BERT) that keeps this contract. The README has an example.
@@ -233,7 +232,8 @@ class MoPE(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Output:
         """Classify a batch, x of the main modality and y of the prior one.
 
-        Images are [B, 3, S, S] uint8, RGB and not normalised; texts are ids [B, N] int64 with [CLS] and [SEP], padded.
+        Images are [B, 3, S, S] uint8, RGB and not normalised; texts are ids [B, N] int64 with [CLS] and [SEP], padded
+        at the end.
         """
         dtype = self.head.weight.dtype  # prompts and head are computed in the precision of their weights
         prior_prompts = self.prior_prompts  # [L_y, l, D_y], the same for the whole batch
@@ -258,9 +258,13 @@ class MoPE(nn.Module):
         return Output(logits, routing, importance)
 
     def trained_state(self) -> dict:
-        """Return what was trained, as plain data for `torch.save`, with the model's sizes and its backbones' facts."""
+        """Return what was trained, as plain data for `torch.save`, with the model's sizes and its backbones' facts.
+
+        Layers of a frozen encoder that you unfroze count as trained while they require a gradient: call it before you
+        freeze them again.
+        """
         weights = {name: t.detach().cpu().clone() for name, t in self.trained_tensors().items()}
-        return {"weights": weights, "sizes": self.sizes, "backbones": self.compatibility_facts()}
+        return {"weights": weights, "sizes": dict(self.sizes), "backbones": self.compatibility_facts()}
 
     def load_trained_state(self, state: dict) -> MoPE:
         """Load what `trained_state` returned. The mode stays as it is: call `eval()` to predict.
@@ -285,13 +289,13 @@ class MoPE(nn.Module):
         return self
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors outside frozen encoders, and those inside that somebody unfroze."""
+        """Return the tensors outside frozen encoders, and those inside that require a gradient."""
         frozen = {id(t) for encoder in self.frozen_encoders() for t in encoder.state_dict(keep_vars=True).values()
                   if not t.requires_grad}
         return {name: t for name, t in self.state_dict(keep_vars=True).items() if id(t) not in frozen}
 
     def compatibility_facts(self) -> dict:
-        """Return what must agree for trained weights to fit, besides names and shapes; None = unknown."""
+        """Return what must agree for trained weights to fit, besides shapes; None = unknown. A name may differ."""
         facts = {"temperature": self.prompts.temperature, "router speed": ROUTER_SPEED}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
             if isinstance(encoder, Encoder):  # one of ours; of others nothing is known
@@ -346,7 +350,7 @@ class Block(nn.Module):
 
         With `n_out` it returns the first n_out tokens only; of the last layer, [CLS] can be all that is needed.
         """
-        dtype = self.attn.qkv.weight.dtype  # lower after `cast_frozen`; it pays to cast before joining the two
+        dtype = self.attn.qkv.weight.dtype  # lower after `cast_frozen`; to cast before `cat` is cheaper
         h = (self.norm1(x) if self.pre_norm else x).to(dtype)
         context = h
         if prompts is not None:
@@ -363,8 +367,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention in which queries come from one sequence, keys and values from another. `qkv` is used as a
-    matrix (its rows are sliced) and not called as a layer: a hook on it, or a LoRA layer in its place, is ignored."""
+    """Multi-head attention: queries from x, keys and values from context, which is x with the prompts. `qkv` is used as
+    a matrix (its rows are sliced) and not called as a layer: a hook on it, or a LoRA layer in its place, is ignored."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -374,8 +378,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Let the queries of x [B, Nq, D] attend to the keys and values of context [B, Nk, D] -> [B, Nq, D]."""
-        dim = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight, bias, dim = self.qkv.weight, self.qkv.bias, x.shape[-1]
         query = F.linear(x, weight[:dim], bias[:dim])
         key, value = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
 
@@ -407,24 +410,23 @@ class Encoder(nn.Module):
     """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
     FACTS = "heads", "eps", "pad_id", "pooling", "image_size", "mean", "std"  # what no tensor's shape shows
-    source: dict | None = None  # name and hashes of the files that it was loaded from; set by the loaders
+    source: dict | None = None  # name and hash of the file that it was loaded from; set by the loaders
     prompt_init_bound: float  # prompts for this encoder start uniformly in [-bound, bound]
 
     def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int, eps: float, pre_norm: bool):
         super().__init__()
+        if dim % heads:
+            raise InputError(f"{heads} heads cannot share a width of {dim}")
         self.dim, self.depth, self.heads, self.eps = dim, depth, heads, eps
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, eps, pre_norm) for _ in range(depth))
 
     def run_blocks(self, x: Tensor, prompts: Tensor | None, mask: Tensor | None, n_out: int | None) -> Tensor:
         """Send x [B, N, D] through all blocks -> [B, N or n_out, D]; mask [B, N], True = a real token, or None."""
-        if mask is not None:
-            if prompts is not None:
-                mask = F.pad(mask, (0, prompts.shape[2]), value=True)  # every token sees every prompt
-            mask = mask[:, None, None]  # [B, 1, 1, N + P]
-
+        if mask is not None:  # every token sees every prompt: [B, 1, 1, N + P]
+            mask = F.pad(mask, (0, 0 if prompts is None else prompts.shape[2]), value=True)[:, None, None]
         prompts = [None] * self.depth if prompts is None else prompts.unbind()
-        for block, given in zip(self.blocks, prompts, strict=True):  # given [B, P, D]
-            x = block(x, given, mask, n_out if block is self.blocks[-1] else None)
+        for i, (block, given) in enumerate(zip(self.blocks, prompts, strict=True), 1):  # given [B, P, D]
+            x = block(x, given, mask, n_out if i == self.depth else None)
         return x
 
 
@@ -450,11 +452,10 @@ class ViT(Encoder):
 
     def tokens(self, images: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
         """Encode images [B, 3, S, S], uint8, not normalised -> tokens [B, N, D] after the final norm, [CLS] first."""
-        if images.is_floating_point() or images.shape[-3:] != (3, self.image_size, self.image_size):
+        if images.is_floating_point() or images.shape[1:] != (3, self.image_size, self.image_size):
             raise InputError(f"images are {images.dtype} {list(images.shape)}; expected uint8 pixels of 0 to 255, not "
                              f"normalised, [B, 3, {self.image_size}, {self.image_size}]")
-        images = (images - self.shift) / self.scale
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, N - 1, D]
+        x = self.patch_embed((images - self.shift) / self.scale).flatten(2).transpose(1, 2)  # [B, N - 1, D]
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.run_blocks(x, prompts, None, n_out))
 
@@ -484,7 +485,9 @@ class BERT(Encoder):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
-        """Encode ids [B, N], padded with pad_id, at least one real id in a row -> last hidden states [B, N, D]."""
+        """Encode ids [B, N], a real one or more in a row and pad_id behind them -> last hidden states [B, N, D]."""
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise InputError(f"texts are {ids.dtype} {list(ids.shape)}; expected the ids of word pieces, int64 [B, N]")
         if ids.shape[1] > self.max_length:
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
         x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
@@ -531,9 +534,9 @@ BERT_NAMES = {
     r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
     r"attention\.output\.dense": "attn.proj", r"attention\.output\.LayerNorm": "norm1",
     r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"output\.LayerNorm": "norm2"}
-# Other programs can keep an encoder's tensors in one of these entries and put such prefixes before their names; which,
-# one of FIRST_TENSORS shows. Heads and the like are left out.
-ENTRIES = ("model", "state_dict", "teacher", "student")
+# Other programs can keep an encoder's tensors in one of ENTRIES, and put PREFIXES before their names: what stands
+# before one of FIRST_TENSORS. UNUSED are heads and the like.
+ENTRIES = ("model", "state_dict", "model_state_dict", "state_dict_ema", "teacher", "student")
 PREFIXES = r"((module|_orig_mod|backbone|encoder|model|vit|bert|teacher|student)\.)+"
 FIRST_TENSORS = ("cls_token", "class_token", "embeddings.word_embeddings.weight")
 UNUSED = (r"(heads?|head_dist|fc|pre_logits|mask_token|cls|classifier|qa_outputs|pooler|lm_head|predictions|dropout|"
@@ -544,9 +547,9 @@ def load_vit(name: str, image_size: int = 224, heads: int | None = None) -> ViT:
     """Load a ViT in float32, for images of that size. Raises InputError.
 
     The name is one of `VISION`, a file in the format of torchvision, DINOv2 or timm, or the hub id or folder of a plain
-    ViT of timm (config.json, model.safetensors). Most sizes are read off the tensors. Heads, mean and std come from the
-    config.json. Without one, mean and std are ImageNet's, and unless `heads` is given, it follows from the width, which
-    is wrong for a few models: MoCo v3's ViT-S has 12 heads.
+    ViT of timm (config.json, model.safetensors). Most sizes are read off the tensors. Mean and std are those of the
+    config.json, or else ImageNet's. The number of heads is `heads`, or else the config.json's, or else the usual one of
+    the width, which is wrong for a few models: MoCo v3's ViT-S has 12.
     """
     path, config = find_vit(name)
     weights = read_weights(path)
@@ -567,7 +570,7 @@ def load_vit(name: str, image_size: int = 224, heads: int | None = None) -> ViT:
         vit = ViT(image_size, patch_size, dim, depth, heads, len(weights["blocks.0.mlp.fc1.weight"]), **pixels)
         weights["pos_embed"] = resize_positions(weights["pos_embed"], image_size // patch_size)
     also = f", with {heads} heads, for pixels of mean {vit.mean} and std {vit.std}"
-    return load_checked(vit, weights, path, name, config, also)
+    return load_checked(vit, weights, path, name, also)
 
 
 def load_bert(name: str, pooling: str = "mean") -> BERT:
@@ -592,7 +595,7 @@ def load_bert(name: str, pooling: str = "mean") -> BERT:
             parts = [weights.pop(key.replace("query", part), torch.zeros(0)) for part in ("query", "key", "value")]
             weights[key.replace("attention.self.query", "attn.qkv")] = torch.cat(parts)
     bert.folder = folder
-    return load_checked(bert, weights, path, name, config)
+    return load_checked(bert, weights, path, name)
 
 
 @contextlib.contextmanager
@@ -610,19 +613,15 @@ def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tenso
     """Give the tensors of a public file the names used here, and leave out what the encoders have no use for."""
     first = next((name for name in weights if name.endswith(FIRST_TENSORS)), "")
     prefix = (re.match(PREFIXES, first) or [""])[0]
-    renamed, unused = {}, []
-    for name, tensor in weights.items():
-        name = name.removeprefix(prefix)
-        if re.match(f"({PREFIXES})?{UNUSED}", name):
-            unused.append(name)
-            continue
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    unused = [name for name in weights if re.match(f"({PREFIXES})?{UNUSED}", name)]
+    weights = {name: tensor for name, tensor in weights.items() if name not in unused}
+    for pattern, replacement in names.items():
+        weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
     if prefix or unused:
         took = f"took the prefix {prefix} off all names; " if prefix else ""
         print(f"{took}not used: {', '.join(unused) or 'none'}"[:300], file=sys.stderr)
-    return renamed
+    return weights
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
@@ -636,8 +635,7 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def load_checked(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str, config: dict,
-                 also: str = "") -> Encoder:
+def load_checked(encoder: Encoder, weights: dict[str, Tensor], path: Path, name: str, also: str = "") -> Encoder:
     """Load all weights or none, note where they came from, and say so in a line."""
     check_same_tensors(encoder.state_dict(), weights, path)
     for key, tensor in weights.items():
@@ -645,16 +643,15 @@ def load_checked(encoder: Encoder, weights: dict[str, Tensor], path: Path, name:
             raise InputError(f"{path}: {key} is sparse, quantised ({tensor.dtype}) or not finite; get the weights as "
                              "they were released")
     encoder.load_state_dict(weights)
-    settings = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    encoder.source = {"name": str(name), "sha256": sha256(path), "config.json": settings}
+    encoder.source = {"name": str(name), "sha256": sha256(path)}
     print(f"loaded {len(weights)} tensors, {count(encoder)[0]:,} parameters, from {path}{also}", file=sys.stderr)
     return encoder.eval()
 
 
 def check_same_tensors(expected: dict[str, Tensor], given: dict[str, Tensor], origin: str | Path) -> None:
     """Raise InputError unless names and shapes are equal: nothing missing, nothing left over."""
-    problems = {"missing": expected.keys() - given.keys(), "unexpected": given.keys() - expected.keys(), "misshapen": {
-        name for name in expected.keys() & given.keys() if expected[name].shape != given[name].shape}}
+    problems = {"missing": expected.keys() - given.keys(), "unexpected": given.keys() - expected.keys(),
+                "misshapen": {n for n in expected.keys() & given.keys() if expected[n].shape != given[n].shape}}
     found = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
              for what, names in problems.items() if names]
     if found:
@@ -665,7 +662,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors file, or of a pickle opened with weights_only=True, in float32."""
     with regular_file(path).open("rb") as file:
         start = file.read(24)
-    with explained(f"{path}: not a file of named tensors, or cut short; it begins with {start!r}. If that is a web "
+    with explained(f"{path}: not a file of tensors alone, or cut short; it begins with {start!r}. If that is a web "
                    "page or a git-LFS pointer (run `git lfs pull`), get what it stands for; else download it again"):
         safe = path.suffix == ".safetensors"
         weights = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -686,7 +683,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in dtypes:  # if it was needed, it is missed later
+        if entry["dtype"] not in dtypes:  # if it is needed, it will be reported as missing
             continue
         (start, end), dtype, size = entry["data_offsets"], dtypes[entry["dtype"]], math.prod(entry["shape"])
         if not 0 <= start <= end <= len(data) - first or end - start != size * dtype.itemsize:
@@ -728,7 +725,7 @@ def find_vit(name: str) -> tuple[Path, dict]:
 
 
 def find(name: str, alternative: str, formats: tuple = ("model.safetensors",), revision: str | None = None) -> Path:
-    """Return a local file or folder, or else the folder of a hub id, with weights in the first format that it has."""
+    """Return a local file or folder, or else a hub id's folder, with weights in the first of `formats` found there."""
     path = Path(name).expanduser()
     if path.exists():
         return path

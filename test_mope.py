@@ -505,7 +505,12 @@ def test_inputs_and_encoders_that_do_not_fit_are_refused():
     refused(lambda: tiny()(pixels().float() / 255, words()), "torch.float32", "uint8")
     refused(lambda: tiny()(pixels(size=40), words()), "[4, 3, 40, 40]", "[B, 3, 32, 32]")
     refused(lambda: tiny()(pixels()[:, :1], words()), "[4, 1, 32, 32]", "[B, 3, 32, 32]")
-    refused(lambda: tiny(temperature=0), "temperature is 0")
+    for bad in (0, float("nan"), float("inf")):
+        refused(lambda: tiny(temperature=bad), f"temperature is {bad}")
+    for x, y, *hints in ((words(), pixels(), "uint8", "[4, 3, 32, 32]"), (pixels(), words()[0], "texts are", "[B, N]"),
+                         (pixels()[0], words(), "[3, 32, 32]"), (pixels()[None], words(), "[1, 4, 3, 32, 32]")):
+        refused(lambda: tiny()(x, y), *hints)
+    refused(lambda: ViT(32, 8, 24, 2, 5, 24), "5 heads", "width of 24")
     refused(lambda: tiny()(pixels(), words(length=17)), "17 word pieces", "at most 16")
     for layers in (2, 4):
         refused(lambda: tiny().main(pixels(), torch.zeros(layers, 4, 1, 24)), kind=ValueError)
@@ -644,7 +649,7 @@ def test_broken_weight_files_are_explained(root):
     ones, quantised = torch.ones(64), torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8)
     biases = ones.to_sparse(), quantised, ones[0].clone(), ones.to(torch.int8), None, ones.to(torch.complex64)
     for state, hint in (
-            ([1, 2], "named tensors"), ({"conv1.weight": torch.zeros(3)}, "not a plain ViT"),
+            ([1, 2], "not a file of tensors"), ({"conv1.weight": torch.zeros(3)}, "not a plain ViT"),
             (weights | {"register_tokens": torch.zeros(1)}, "1 unexpected (register_tokens)"),
             ({k: v for k, v in weights.items() if k != "encoder.ln.bias"}, "1 missing (norm.bias)"),
             (weights | {"encoder.ln.bias": torch.zeros(5)}, "misshapen"), (weights | {7: torch.ones(1)}, ""),
@@ -1626,10 +1631,13 @@ def test_resume_needs_the_data_and_encoders_as_they_were(root):
         assert after != before, name
         path.write_bytes(after)
         with mock.patch("train.loop", side_effect=AssertionError(f"{name}: not noticed")):
-            refused(lambda: train.main(run), "prior config.json" if name == config else "is not what")
+            refused(lambda: train.main(run), "but the state was trained with" if name == config else "is not what")
         path.write_bytes(before)
 
-    # nothing trained depends on test rows, which damaged pictures may have forced to change
+    # nothing trained depends on what a config.json says of other programs, nor on test rows, which damaged pictures may
+    # have forced to change
+    settings = read(root / config)
+    (root / config).write_text(json.dumps({**settings, "transformers_version": "5.0"}))
     titles = root / "food/texts/test_titles.csv"
     titles.write_text(titles.read_text().split("\n", 1)[1])
     assert "the test split is not what" in output(lambda: train.main(run))
