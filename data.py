@@ -608,8 +608,11 @@ def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
     """Return index [B], images [B, 3, S, S] uint8, texts [B, N] ids, labels [B] or [B, C], damaged files."""
     index, images, texts, targets, damaged = zip(*rows)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
-    return {"index": torch.tensor(index), "images": torch.stack(images), "texts": torch.tensor(ids),
-            "labels": torch.stack([torch.as_tensor(t) for t in targets]), "damaged": [name for name in damaged if name]}
+    batch = {"index": torch.tensor(index), "images": torch.stack(images), "texts": torch.tensor(ids),
+             "labels": torch.stack([torch.as_tensor(t) for t in targets])}
+    if torch.utils.data.get_worker_info():  # here, since where the queue does it, too little memory hangs the program
+        batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
+    return batch | {"damaged": [name for name in damaged if name]}
 
 
 def load_tokenizer(bert: BERT, length: int, multiple: int | None = None) -> Tokenizer:

@@ -132,7 +132,7 @@ def train(run: Run, state: dict | None) -> None:
                                       weight_decay=run.config["weight_decay"], fused=run.device.type in ("cpu", "cuda"))
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)  # otherwise it does nothing
     if WORLD > 1:  # signals, losses and metrics go over the CPU (`start_processes`), gradients from GPU to GPU
-        group = dist.new_group(backend="nccl") if run.device.type == "cuda" else None
+        group = dist.new_group(backend="nccl", timeout=PATIENCE) if run.device.type == "cuda" else None
         run.network = DistributedDataParallel(run.model, process_group=group, broadcast_buffers=False,
                                               gradient_as_bucket_view=True)
     run.batches("train")  # refuses a batch size that does not fit before anything is written
@@ -791,7 +791,10 @@ def lock(out: Path) -> io.TextIOWrapper:
 # Processes (one, or several under torchrun) and signals ------------------------------------------------
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-progress_bar = functools.partial(tqdm, leave=False, disable=None if RANK == 0 else True)  # None: on a terminal only
+PATIENCE = datetime.timedelta(hours=2)  # how long a process waits for another one
+# Where no terminal is, in a log, progress is told once a minute.
+SELDOM = {} if sys.stderr and sys.stderr.isatty() else dict(delay=60, mininterval=60, maxinterval=60)
+progress_bar = functools.partial(tqdm, leave=False, disable=RANK > 0, **SELDOM)
 
 
 def start_processes() -> None:
@@ -802,7 +805,7 @@ def start_processes() -> None:
         raise InputError(f"{max(WORLD, tasks)} processes cannot talk without {', '.join(sorted(missing))}: start them "
                          "by torchrun --nproc_per_node=N train.py, or a single one without WORLD_SIZE and SLURM_NTASKS")
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=2))
+        dist.init_process_group("gloo", timeout=PATIENCE)
 
 
 def say(*words: object) -> None:
@@ -833,10 +836,14 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def orderly_stop(run: Run):
-    """Meanwhile a signal ends the run after the step in hand, with a checkpoint; the same once more, at once."""
+    """Meanwhile a signal ends the run after the step in hand, with a checkpoint; the same one later ends it at once."""
+    asked: dict[int, float] = {}
+
     def request_stop(number: int, frame: object) -> None:
+        # Within two seconds it is no second request: SLURM tells every process, and torchrun then tells its own again.
+        if time.monotonic() - asked.setdefault(number, time.monotonic()) > 2:
+            os._exit(128 + number)
         run.stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
@@ -867,6 +874,7 @@ def main(argv: list[str] | None = None) -> None:
     config["precision"] = str(dtype).removeprefix("torch.")
     config["compile"] &= not args.predict  # it would take longer than the answer
     torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention would stop to plan for each new length of texts
     run = Run(config, args.out, device, dtype)
 
     if args.benchmark and not args.dataset:
@@ -940,8 +948,9 @@ def cli() -> int:
             code = 2
         elif isinstance(error, OSError):
             message = f"{error.filename or 'output'}: {error.strerror or error}; mend that, then go on with --resume"
-        elif "DataLoader worker" in message:  # killed, as a rule for want of memory shared between processes
-            message += "; --resume with fewer --workers, 0 for none, or in a container by docker run --shm-size 8g"
+        elif re.search(r"DataLoader worker \(pid|shared memory", message):  # of which there is too little, as a rule
+            message = (f"{message.splitlines()[-1]}; --resume with fewer --workers, 0 for none, or in a container by "
+                       "docker run --shm-size 8g")
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = ("out of memory; --resume with a higher --accumulate, or start with a lower --batch-size, "
                        "--image-size or --text-length")
