@@ -1927,7 +1927,7 @@ def test_precision_and_ranks_follow_the_cards(root):
                 refused(lambda: train.train(run, None), "wrapped")
             asked = wrapped.call_args.kwargs
             assert asked["broadcast_buffers"] is False and asked["gradient_as_bucket_view"] is True
-        group.assert_called_once_with(backend="nccl")
+        group.assert_called_once_with(backend="nccl", timeout=train.PATIENCE)
 
 
 # README ------------------------------------------------------------------------------------------------
