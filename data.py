@@ -610,7 +610,7 @@ def collate(tokenizer: Tokenizer, rows: list[tuple]) -> dict:
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     batch = {"index": torch.tensor(index), "images": torch.stack(images), "texts": torch.tensor(ids),
              "labels": torch.stack([torch.as_tensor(t) for t in targets])}
-    if torch.utils.data.get_worker_info():  # here, since where the queue does it, too little memory hangs the program
+    if torch.utils.data.get_worker_info():  # left to the worker's queue, too little memory would hang the program
         batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
     return batch | {"damaged": [name for name in damaged if name]}
 

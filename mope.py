@@ -173,8 +173,8 @@ class MoPE(nn.Module):
     Each layer of the prior encoder gets `n_prior_prompts` ordinary learned prompts, as in the code for paper B; with 0
     of them, that encoder needs no backward pass. The head gets both features, our choice, or with head="main" the main
     one alone, as in the code for paper B; without router and mapper, the prior modality is then not used at all, and
-    `n_prior_prompts` has to be 0. With finetune=True the encoders are trained too, for comparison: the model sets
-    `requires_grad` in both. Other arguments go to `ConditionalPrompts`. Trained weights stay in float32; for speed,
+    `n_prior_prompts` has to be 0. With finetune=True the encoders are trained too, for comparison; either way the model
+    sets their `requires_grad`. Other arguments go to `ConditionalPrompts`. Trained weights stay in float32; for speed,
     cast the frozen ones with `cast_frozen`, and run under autocast.
 
     Any encoder can take the place of either of ours: a module with `dim` (its width), `depth` (its layers) and
@@ -350,7 +350,7 @@ class Block(nn.Module):
 
         With `n_out` it returns the first n_out tokens only; of the last layer, [CLS] can be all that is needed.
         """
-        dtype = self.attn.qkv.weight.dtype  # lower after `cast_frozen`; to cast before `cat` is cheaper
+        dtype = self.attn.qkv.weight.dtype  # lower after `cast_frozen`; casting before `cat` is cheaper
         h = (self.norm1(x) if self.pre_norm else x).to(dtype)
         context = h
         if prompts is not None:
@@ -485,7 +485,7 @@ class BERT(Encoder):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
-        """Encode ids [B, N], a real one or more in a row and pad_id behind them -> last hidden states [B, N, D]."""
+        """Encode ids [B, N], each row one real id or more and then pad_id -> last hidden states [B, N, D]."""
         if ids.dim() != 2 or ids.is_floating_point():
             raise InputError(f"texts are {ids.dtype} {list(ids.shape)}; expected the ids of word pieces, int64 [B, N]")
         if ids.shape[1] > self.max_length:

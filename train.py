@@ -405,9 +405,9 @@ def summarize(folders: list[Path]) -> str:
     columns |= {"experts_used": "experts used", "experts_per_sample": "per sample", "busiest_expert": "busiest"}
     table = [["method and flags", "trainable", *columns.values(), "seeds"]]
     table.append(["---"] * len(table[0]))
-    for config, flags, runs in zip(configs, given.values(), rows.values()):
+    for config, chosen, runs in zip(configs, given.values(), rows.values()):
         flags = (f"--{'no-' * (v is False)}{k.replace('_', '-')}{'' if isinstance(v, bool) else f' {v}'}"
-                 for k, v in flags.items() if k in vary)
+                 for k, v in chosen.items() if k in vary)
         cells = [" ".join((config["method"], *flags)), runs[0]["trainable"]]
         for name in columns:
             values = [np.mean(run[name]) for run in runs if name in run]  # of routing, the mean over the layers
@@ -874,7 +874,7 @@ def main(argv: list[str] | None = None) -> None:
     config["precision"] = str(dtype).removeprefix("torch.")
     config["compile"] &= not args.predict  # it would take longer than the answer
     torch.set_float32_matmul_precision("high")  # TF32 where float32 products remain on a GPU
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention would stop to plan for each new length of texts
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention may stop to plan for each new length of texts
     run = Run(config, args.out, device, dtype)
 
     if args.benchmark and not args.dataset:
