@@ -65,7 +65,7 @@ class ConditionalPrompts(nn.Module):
 
     Each kind can be left out: n_static=0, n_experts=0 or n_dynamic=0, mapped=False. A single expert (k = 1) needs no
     router: it is always on. Here L is `layers`, D `dim`, D_y `prior_dim`, k `n_experts`, and l `n_static` or
-    `n_dynamic`; prompts start uniformly in [-init_bound, init_bound]. All layers are computed at once, without a loop.
+    `n_dynamic`; learned prompts start uniformly in [-init_bound, init_bound]. All layers are computed at once.
     """
 
     def __init__(self, layers: int, dim: int, prior_dim: int, init_bound: float, n_static: int = 6, n_experts: int = 16,
@@ -81,8 +81,8 @@ class ConditionalPrompts(nn.Module):
         # The routers of all layers are one matrix. Adam changes every weight by about the learning rate in a step. A
         # logit is a sum over D_y inputs, so its change would grow with D_y: the softmax would saturate within the first
         # hundred steps, and the router would stop learning. So `route` divides by D_y (the 1/fan-in rule of muP, arXiv
-        # 2203.03466): at a temperature of 0.1 and a learning rate of 0.001, a step moves a logit by at most about 0.13,
-        # for any encoder. `std` cancels ROUTER_SPEED and temperature: logits start with a deviation of about 1.
+        # 2203.03466): at a temperature of 0.1 and a learning rate of 0.001, a step moves a logit by at most about 0.16,
+        # for any encoder. `std` cancels the other factors: logits start with a deviation of about 1.
         self.router = nn.Linear(prior_dim, layers * self.k, bias=False) if self.k > 1 else None
         if self.router is not None:
             nn.init.normal_(self.router.weight, std=self.temperature * math.sqrt(prior_dim) / ROUTER_SPEED)
@@ -92,10 +92,10 @@ class ConditionalPrompts(nn.Module):
             nn.Linear(prior_dim, mapper_width), nn.GELU(), nn.Linear(mapper_width, layers * dim)) if mapped else None
 
     def route(self, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """Return r_i = softmax(W_i psi * c / D_y / temperature) of a normalised psi, with noise and without, [B, L, k].
+        """Return two routings of a normalised psi, each r_i = softmax(W_i psi * c / D_y / temperature), [B, L, k].
 
-        W_i [k, D_y] is the router of layer i, and c is ROUTER_SPEED. The first mixes the experts, and has noise in
-        training only; the importance loss and the metrics see the second.
+        W_i [k, D_y] is the router of layer i, and c is ROUTER_SPEED. The first routing mixes the experts, and in
+        training its logits are noisy. The second never has noise: the importance loss and the metrics see it.
         """
         if self.router is None:
             always_on = psi.new_ones(psi.shape[0], self.layers, 1)
@@ -183,7 +183,7 @@ class MoPE(nn.Module):
     - Layer i attends to prompts[i], gradients pass through to them, and a mask of tokens leaves them all visible.
     - With causal attention, the prompts go in front: tokens cannot attend to what comes after them.
     - x is one tensor, so a mask travels inside it: as a padding id, or as ids and mask stacked.
-    A prior encoder that ignores its prompts needs n_prior_prompts=0; it is given None.
+    A prior encoder that ignores its prompts needs n_prior_prompts=0; it then gets None.
     """
 
     def __init__(self, main: nn.Module, prior: nn.Module, num_classes: int, n_prior_prompts: int = 4,
@@ -296,7 +296,8 @@ class MoPE(nn.Module):
 
     def compatibility_facts(self) -> dict:
         """Return what must agree for trained weights to fit, besides shapes; None = unknown. A name may differ."""
-        facts = {"temperature": self.prompts.temperature, "router speed": ROUTER_SPEED}
+        router = {"temperature": self.prompts.temperature, "router speed": ROUTER_SPEED}
+        facts = router if self.prompts.router is not None else {}
         for part, encoder in (("main", self.main), ("prior", self.prior)):
             if isinstance(encoder, Encoder):  # one of ours; of others nothing is known
                 known = {fact: getattr(encoder, fact, None) for fact in Encoder.FACTS} | (encoder.source or {})
@@ -313,7 +314,7 @@ class MoPE(nn.Module):
         for name, part in parts.items():
             total, trained = count(part)
             lines.append(f"{name:<16}{total:>14,}{total - trained:>14,}{trained:>14,}")
-        return "\n".join(lines) + f"  = {trained / total:.2%}"
+        return "\n".join(lines) + f"  = {trained / total:.2%}"  # of all
 
 
 def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
@@ -350,7 +351,7 @@ class Block(nn.Module):
 
         With `n_out` it returns the first n_out tokens only; of the last layer, [CLS] can be all that is needed.
         """
-        dtype = self.attn.qkv.weight.dtype  # lower after `cast_frozen`; casting before `cat` is cheaper
+        dtype = self.attn.qkv.weight.dtype  # not float32 after `cast_frozen`; casting before `cat` is cheaper
         h = (self.norm1(x) if self.pre_norm else x).to(dtype)
         context = h
         if prompts is not None:
@@ -409,7 +410,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 class Encoder(nn.Module):
     """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
-    FACTS = "heads", "eps", "pad_id", "pooling", "image_size", "mean", "std"  # what no tensor's shape shows
+    FACTS = "heads", "eps", "pad_id", "pooling", "image_size", "mean", "std"  # what no trained tensor shows
     source: dict | None = None  # name and hash of the file that it was loaded from; set by the loaders
     prompt_init_bound: float  # prompts for this encoder start uniformly in [-bound, bound]
 
@@ -534,8 +535,8 @@ BERT_NAMES = {
     r"^embeddings\.LayerNorm": "norm", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
     r"attention\.output\.dense": "attn.proj", r"attention\.output\.LayerNorm": "norm1",
     r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2", r"output\.LayerNorm": "norm2"}
-# Other programs can keep an encoder's tensors in one of ENTRIES, and put PREFIXES before their names: what stands
-# before one of FIRST_TENSORS. UNUSED are heads and the like.
+# Other programs may nest an encoder's tensors under one of ENTRIES, and begin every name with a prefix, which is read
+# off the name that ends in one of FIRST_TENSORS. UNUSED are heads and the like.
 ENTRIES = ("model", "state_dict", "model_state_dict", "state_dict_ema", "teacher", "student")
 PREFIXES = r"((module|_orig_mod|backbone|encoder|model|vit|bert|teacher|student)\.)+"
 FIRST_TENSORS = ("cls_token", "class_token", "embeddings.word_embeddings.weight")
@@ -674,21 +675,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read u64 little-endian n; n bytes of JSON {name: {dtype, shape, data_offsets}}; then the data, from offset 0."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-              "I64": torch.int64}
-    data = bytearray(path.read_bytes())
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    data = memoryview(bytearray(path.read_bytes()))
     first = 8 + int.from_bytes(data[:8], "little")  # where the data begin
-    header = json.loads(data[8:first])
+    header, tensors = json.loads(bytes(data[8:first])), {}
     header.pop("__metadata__", None)
-    tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in dtypes:  # if it is needed, it will be reported as missing
-            continue
-        (start, end), dtype, size = entry["data_offsets"], dtypes[entry["dtype"]], math.prod(entry["shape"])
-        if not 0 <= start <= end <= len(data) - first or end - start != size * dtype.itemsize:
-            raise ValueError(f"the data of {name} do not fit")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=size, offset=first + start).view(entry["shape"])
+        if dtype := dtypes.get(entry["dtype"]):  # if one of another type is needed, it will be reported as missing
+            start, end = (first + offset for offset in entry["data_offsets"])
+            tensors[name] = torch.frombuffer(data[start:end], dtype=dtype).view(entry["shape"])  # fails if cut short
     return tensors
 
 
@@ -729,10 +724,10 @@ def find(name: str, alternative: str, formats: tuple = ("model.safetensors",), r
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise InputError(f"{name}: no such file or folder; expected one, or a hub id (owner/name), or {alternative}")
-    with explained(f"could not get {name} from the Hugging Face hub; without a network, give a folder with its "
-                   "weights, config.json and tokenizer.json"):
+    with explained(f"{name} is not here, and could not be got from the Hugging Face hub; without a network, give a "
+                   "folder with its weights, config.json and tokenizer.json"):
         from huggingface_hub import snapshot_download  # it comes with tokenizers
 
         for weights in formats:
