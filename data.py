@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from mope import BERT, InputError, regular_file
 
 GREY = (124, 116, 104)  # stands for an image that is missing or damaged: ImageNet's mean colour
-MAX_BAD, BAD_IN_ANY_CASE = 0.01, 3  # a split's images that may be missing or damaged: this share, or this many
+MAX_BAD, BAD_IN_ANY_CASE = 0.01, 3  # this share of a split's images may be bad, or this many if that is more
 HELD_OUT = 0.1  # share of training that becomes validation where a data set has none
 Image.init()  # fills OPEN; "JPEG" opens MPO too. Others are not opened: for EPS, Pillow would run a program
 FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000") if f in Image.OPEN]

@@ -1457,6 +1457,9 @@ def test_command_line_errors_are_one_message(root):
     with mock.patch.dict(os.environ, {"RANK": "0", "SLURM_NTASKS": "1"}, clear=True):
         train.start_processes()
         assert not torch.distributed.is_initialized(), "RANK alone makes no group"
+    alone = os.environ | {"RANK": "3", "PYTHONPATH": str(HERE)}
+    said = subprocess.run([sys.executable, "-c", "import train; print(train.RANK)"], env=alone, capture_output=True)
+    assert said.stdout == b"0\n", "a single process writes, whatever RANK says"
 
 
 def test_errors_of_the_machine_are_one_sentence():
@@ -1470,6 +1473,7 @@ def test_errors_of_the_machine_are_one_sentence():
     numbers = (errno.EIO, errno.EFBIG, errno.ENOENT, errno.EPIPE, errno.EROFS, errno.ESTALE)
     for error, word in (*ours, *((OSError(n, os.strerror(n)), os.strerror(n)) for n in numbers),
                         (RuntimeError("Caught KeyError in DataLoader worker process 0."), "Traceback"),
+                        (RuntimeError("out of resource: shared memory, Required: 99"), "Traceback"),  # of a GPU's kernel
                         (ZeroDivisionError(), "Traceback")):  # a bug of ours is shown in full
         with mock.patch("train.main", side_effect=error):
             said = output(lambda: print(train.cli()))
@@ -1554,7 +1558,7 @@ def test_no_picture_starts_a_program(root):
 
 
 def test_nothing_is_written_over(root):
-    for name in ("config.json", "results.json", "best.pt", "last.pt", "log.jsonl", "predictions.csv"):
+    for name in ("config.json", "results.json", "best.pt", "last.pt", "log.jsonl", "predictions.csv", "routing.png"):
         out = root / name.replace(".", "-")
         out.mkdir()
         (out / name).write_text("somebody's")

@@ -39,7 +39,8 @@ from tqdm import tqdm
 import data
 from mope import BERT, InputError, MoPE, ViT, count, experts_per_sample, experts_used, load_bert, load_vit, regular_file
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is the next one
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 AS_MANY_AS_MOPE = -1  # as many static prompts as MoPE has prompts of all kinds
 
 # A flag overrides each of these. text_length counts word pieces with [CLS] and [SEP]; the toy's own encoders are None,
@@ -212,9 +213,8 @@ def loop(run: Run) -> None:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Return the rate of a step, from the step alone: a linear warm-up over the first 5 %, then a cosine to zero."""
     warmup = max(1, round(0.05 * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * (step + 1) / warmup if step < warmup else peak * cosine
 
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -224,8 +224,8 @@ def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def check_step(run: Run, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, int]:
     """Return a step's loss and the number of the signal that asks to stop (or 0), the same in all processes. It is the
-    one place in a step that waits for the device. Raises InputError if loss or norm is not finite; but with a scaler
-    (float16) the norm may be: that skips the step and lowers its scale, and only a scale below 1 is an error."""
+    one place in a step that waits for the device. Raises InputError if loss or norm is not finite. With a scaler
+    (float16), such a norm is no error: it skips the step and lowers the scale; only a scale below 1 is one."""
     if not run.scaler.is_enabled():
         loss = loss.masked_fill(~torch.isfinite(norm), math.nan)  # so that all processes see it
     loss, stop = loss.cpu(), torch.tensor(run.stop_signals[0] if run.stop_signals else 0)
@@ -311,7 +311,7 @@ def interval(pairs: data.Pairs, rows: dict) -> list[float]:
 def finish(run: Run) -> None:
     """Evaluate the best weights on test, once; write results.json, predictions.csv and routing.png; tell mistakes."""
     config, at, pairs = run.config, run.progress, run.splits["test"]
-    best = from_first(lambda: load_checkpoint(run.out / "best.pt"))  # from the process that wrote it
+    best = from_first(lambda: load_checkpoint(run.out / "best.pt"))  # the others may have no access to it
     if differ := [key for key in config.keys() - MAY_CHANGE if best["config"].get(key) != config[key]]:
         raise InputError(f"{run.out}/best.pt is of another run, with another {', '.join(sorted(differ))}")
     run.model.load_trained_state(best["trained"])
@@ -426,7 +426,7 @@ def benchmark(run: Run, repeats: int = 10) -> None:
         batches = iter(run.batches("train"))
         batch, began = next(batches), time.perf_counter()
         many = max(2 * repeats, 10 * config["workers"])  # beside these, what workers have ready by now counts little
-        images = sum(len(other["index"]) for other, _ in zip(batches, range(many)))
+        images = sum(len(other["index"]) for _, other in zip(range(many), batches))
         say(f"loader alone: {images / (time.perf_counter() - began):.1f} images/s with --workers {config['workers']}")
     else:  # random inputs, texts as long as a title
         n, side = config["batch_size"], config["image_size"]
@@ -455,7 +455,7 @@ def benchmark(run: Run, repeats: int = 10) -> None:
                 synchronize()
                 seconds[name].append(time.perf_counter() - began)
 
-    # What a step multiplies, as PyTorch counts it (fused attention it would miss), on two samples for all.
+    # PyTorch counts the operations, on two samples that stand for all; those of fused attention it would miss.
     part, flops = {name: values[:2] for name, values in batch.items()}, {"large product": 2 * PRODUCT ** 3}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = run.loss(part, model.forward)  # not compiled
@@ -546,8 +546,7 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({word for text in texts for word in text.split()})]
     sizes = dict(vocab_size=len(words), hidden_size=p.dim, num_hidden_layers=p.text_depth, num_attention_heads=p.heads,
                  intermediate_size=p.mlp_dim, max_position_embeddings=16, type_vocab_size=1)
-    kind = dict(model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12)
-    (folder / "config.json").write_text(json.dumps({**kind, **sizes}))
+    (folder / "config.json").write_text(json.dumps(sizes))  # what it leaves out is as in BERT
     (folder / "vocab.txt").write_text("\n".join(words))
     bert, name_words = BERT(*sizes.values()), torch.nn.Linear(p.dim, len(words))
     ids = [torch.tensor([2, *map(words.index, text.split()), 3]) for text in texts]
@@ -570,7 +569,7 @@ def pretrain_text(p: argparse.Namespace, folder: Path) -> None:
 ACTIONS = ("out", "checkpoint", "eval", "predict", "resume", "summarize", "benchmark")
 # A resumed or evaluated run may go on in another place, on another machine or in another manner; all else has to stay.
 MAY_CHANGE = ("data_dir", "vision", "text", "device", "workers", "accumulate", "compile", "precision")
-INCIDENTAL = ("device", "workers", "compile")  # tables ignore these; not accumulate: importance is by micro-batch
+INCIDENTAL = ("device", "workers", "compile")  # tables ignore these; accumulate changes the importance loss
 
 
 def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namespace:
@@ -621,10 +620,10 @@ def parse(argv: list[str] | None, stored: dict | None = None) -> argparse.Namesp
          help="processes that read images; 0 reads in the main one")
     # runs
     flag("--out", type=Path, default=Path("runs", dataset), help="folder of the run")
-    flag("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for:")
-    flag("--eval", action="store_true", help="evaluate it on the test split")
-    flag("--predict", nargs="+", metavar=("ROWS.jsonl", "IMAGE TEXT"),
-         help="score a file of rows (image, relative to it, and text) into predictions.csv beside it, or one pair")
+    flag("--checkpoint", metavar="FILE", type=Path, help="best.pt or last.pt of a run, for --eval or --predict")
+    flag("--eval", action="store_true", help="evaluate the checkpoint on the test split")
+    flag("--predict", nargs="+", metavar="INPUT", help="an image and a text, or a file of rows (image, relative to it, "
+         "and text), whose scores go into predictions.csv beside it")
     flag("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     flag("--summarize", nargs="+", metavar="RUN", type=Path, help="finished runs as a Markdown table")
 
@@ -768,13 +767,13 @@ def write(path: Path, content: str | bytes) -> None:
 
 def check_new(out: Path) -> None:
     """Raise InputError if the folder holds anything that a run would write over."""
-    for name in ("config.json", "last.pt", "best.pt", "log.jsonl", "results.json", "predictions.csv"):
+    for name in ("config.json", "last.pt", "best.pt", "log.jsonl", "results.json", "predictions.csv", "routing.png"):
         if (out / name).exists():
             raise InputError(f"{out} holds {name}; nothing is written over: --resume {out}, or give another --out")
 
 
 def lock(out: Path) -> io.TextIOWrapper:
-    """Refuse a second run in one folder while the file returned is open. The lock ends with its process, however."""
+    """Refuse a second run in one folder while the file returned is open; the lock ends when its process does."""
     out.mkdir(parents=True, exist_ok=True)
     file = (out / "lock").open("w")
     try:
@@ -948,7 +947,7 @@ def cli() -> int:
             code = 2
         elif isinstance(error, OSError):
             message = f"{error.filename or 'output'}: {error.strerror or error}; mend that, then go on with --resume"
-        elif re.search(r"DataLoader worker \(pid|shared memory", message):  # of which there is too little, as a rule
+        elif re.search(r"DataLoader worker \(pid|shared memory(\(shm\)| object)", message):  # too little, as a rule
             message = (f"{message.splitlines()[-1]}; --resume with fewer --workers, 0 for none, or in a container by "
                        "docker run --shm-size 8g")
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
