@@ -314,7 +314,7 @@ class MoPE(nn.Module):
         for name, part in parts.items():
             total, trained = count(part)
             lines.append(f"{name:<16}{total:>14,}{total - trained:>14,}{trained:>14,}")
-        return "\n".join(lines) + f"  = {trained / total:.2%}"  # of all
+        return "\n".join(lines) + f"  = {trained / total:.2%}"  # of the last part, all
 
 
 def count(part: nn.Module | Tensor | None) -> tuple[int, int]:
@@ -380,8 +380,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Let the queries of x [B, Nq, D] attend to the keys and values of context [B, Nk, D] -> [B, Nq, D]."""
         weight, bias, dim = self.qkv.weight, self.qkv.bias, x.shape[-1]
-        query = F.linear(x, weight[:dim], bias[:dim])
-        key, value = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        query = F.linear(x, weight[:dim], bias[:dim])  # [B, Nq, D]
+        key, value = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)  # each [B, Nk, D]
 
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         out = attend(query, key, value, mask)  # of [B, H, Nq, D/H] and twice [B, H, Nk, D/H]
@@ -410,7 +410,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 class Encoder(nn.Module):
     """What ViT and BERT share: a stack of blocks, each with prompts of its own."""
 
-    FACTS = "heads", "eps", "pad_id", "pooling", "image_size", "mean", "std"  # what no trained tensor shows
+    FACTS = "heads", "eps", "pad_id", "pooling", "image_size", "mean", "std"  # not seen in trained shapes
     source: dict | None = None  # name and hash of the file that it was loaded from; set by the loaders
     prompt_init_bound: float  # prompts for this encoder start uniformly in [-bound, bound]
 
@@ -452,12 +452,12 @@ class ViT(Encoder):
         self.register_buffer("scale", 255 * torch.tensor(self.std).view(3, 1, 1), persistent=False)
 
     def tokens(self, images: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
-        """Encode images [B, 3, S, S], uint8, not normalised -> tokens [B, N, D] after the final norm, [CLS] first."""
+        """Encode images [B, 3, S, S], uint8, not normalised -> normed tokens [B, N or n_out, D], [CLS] first."""
         if images.is_floating_point() or images.shape[1:] != (3, self.image_size, self.image_size):
             raise InputError(f"images are {images.dtype} {list(images.shape)}; expected uint8 pixels of 0 to 255, not "
                              f"normalised, [B, 3, {self.image_size}, {self.image_size}]")
         x = self.patch_embed((images - self.shift) / self.scale).flatten(2).transpose(1, 2)  # [B, N - 1, D]
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # [B, N, D]
         return self.norm(self.run_blocks(x, prompts, None, n_out))
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
@@ -486,12 +486,12 @@ class BERT(Encoder):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def tokens(self, ids: Tensor, prompts: Tensor | None = None, n_out: int | None = None) -> Tensor:
-        """Encode ids [B, N], each row one real id or more and then pad_id -> last hidden states [B, N, D]."""
+        """Encode ids [B, N], each row one real id or more and then pad_id -> hidden states [B, N or n_out, D]."""
         if ids.dim() != 2 or ids.is_floating_point():
             raise InputError(f"texts are {ids.dtype} {list(ids.shape)}; expected the ids of word pieces, int64 [B, N]")
         if ids.shape[1] > self.max_length:
             raise InputError(f"a text of {ids.shape[1]} word pieces; this BERT reads at most {self.max_length}")
-        x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
+        x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]  # [B, N, D]
         x = self.norm(x + self.token_type_embeddings.weight[0])  # a single text: every token is of type 0
         return self.run_blocks(x, prompts, ids != self.pad_id, n_out)
 
@@ -504,7 +504,7 @@ class BERT(Encoder):
         if self.pooling == "cls":
             return self.tokens(ids, prompts, n_out=1)[:, 0]
         real = (ids != self.pad_id).unsqueeze(-1)  # [B, N, 1]
-        return (self.tokens(ids, prompts) * real).sum(1) / real.sum(1)
+        return (self.tokens(ids, prompts) * real).sum(1) / real.sum(1)  # [B, D]
 
 
 # The method ends here ----------------------------------------------------------------------------------
@@ -726,8 +726,8 @@ def find(name: str, alternative: str, formats: tuple = ("model.safetensors",), r
         return path
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise InputError(f"{name}: no such file or folder; expected one, or a hub id (owner/name), or {alternative}")
-    with explained(f"{name} is not here, and could not be got from the Hugging Face hub; without a network, give a "
-                   "folder with its weights, config.json and tokenizer.json"):
+    with explained(f"{name} is not here, and the Hugging Face hub did not give it; without a network, give a folder "
+                   "with its weights, config.json and tokenizer.json"):
         from huggingface_hub import snapshot_download  # it comes with tokenizers
 
         for weights in formats:

@@ -1473,7 +1473,7 @@ def test_errors_of_the_machine_are_one_sentence():
     numbers = (errno.EIO, errno.EFBIG, errno.ENOENT, errno.EPIPE, errno.EROFS, errno.ESTALE)
     for error, word in (*ours, *((OSError(n, os.strerror(n)), os.strerror(n)) for n in numbers),
                         (RuntimeError("Caught KeyError in DataLoader worker process 0."), "Traceback"),
-                        (RuntimeError("out of resource: shared memory, Required: 99"), "Traceback"),  # of a GPU's kernel
+                        (RuntimeError("out of resource: shared memory, Required: 99"), "Traceback"),  # a GPU's
                         (ZeroDivisionError(), "Traceback")):  # a bug of ours is shown in full
         with mock.patch("train.main", side_effect=error):
             said = output(lambda: print(train.cli()))

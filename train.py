@@ -39,8 +39,8 @@ from tqdm import tqdm
 import data
 from mope import BERT, InputError, MoPE, ViT, count, experts_per_sample, experts_used, load_bert, load_vit, regular_file
 
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as is the next one
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes; torchrun sets both
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # which of them this is
 AS_MANY_AS_MOPE = -1  # as many static prompts as MoPE has prompts of all kinds
 
 # A flag overrides each of these. text_length counts word pieces with [CLS] and [SEP]; the toy's own encoders are None,
