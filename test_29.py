@@ -38,6 +38,46 @@ def test_workers_share_the_samples_where_they_can(root):
                 assert train.settings("food101", "mope")["workers"] == workers
 
 
+def test_whole_pictures_are_held_out_and_no_class_is_lost(root):
+    for i in range(40):
+        Image.new("RGB", (8, 8)).save(root / f"{i}.png")
+
+    def load(rows, **other) -> dict:
+        for split, rows in {"train": rows, "test": rows[:3], **other}.items():
+            rows = [{"image": f"{i}.png", "text": "x", "label": label} for i, label in rows]
+            (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return data.load("jsonl", root)
+
+    splits = load([(i, "ab"[i % 2]) for i in range(40) for _ in range(5)])
+    train_, val, test = (data.pictures(splits[name].samples) for name in ("train", "val", "test"))
+    assert len(splits["val"]) == 20 and len(val) == 4 and not val & train_
+    assert "1 pictures are in training too" in splits["test"].notes[0] and not val & test
+    splits = load([(i, str(i)) for i in range(36)] + [(i, "a") for i in range(36, 40)])
+    assert {s.label for s in splits["val"].samples} == {"a"} and len(splits["val"]) == 3
+    names = [["a", "b"], ["a"], ["b", "c"], ["a", "c"]] * 3 + [["d", "a"], ["e", "b"]]
+    splits = load(list(enumerate(names)))
+    assert {n for s in splits["train"].samples for n in s.label} == set("abcde")
+    refused(lambda: load([(0, "a"), (1, "b")]), "held out", "val.jsonl")
+    # rows with a picture of their own: those that 39949fe held out
+    assert [s.id for s in load([(i, "ab"[i % 2]) for i in range(40)])["val"].samples] == [
+        f"train.jsonl:{line}" for line in (5, 12, 25, 28)]
+    (root / "val.jsonl").symlink_to(root / "nothing")
+    (root / "dev.jsonl").write_text((root / "train.jsonl").read_text())
+    refused(lambda: data.load("jsonl", root), "val.jsonl: no such file")
+
+
+def test_a_file_is_asked_for_once(root):
+    """And a folder without any of the pictures is told with the tree that is expected."""
+    make_food(root)
+    with mock.patch("os.stat", side_effect=os.stat) as asked:
+        for pairs in data.load("food101", root).values():
+            assert pairs.digest
+    asked = [str(call.args[0]) for call in asked.call_args_list]
+    assert 0 < sum("red_0.jpg" in path for path in asked) <= 2 * 2, "train and test have one each"
+    (root / "images").rename(root / "elsewhere")
+    refused(lambda: data.load("food101", root), "images/train", "Expected in", "kaggle")
+
+
 if __name__ == "__main__":
     sys.argv[0] = __file__
     for name, test in list(globals().items()):
