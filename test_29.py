@@ -78,6 +78,52 @@ def test_a_file_is_asked_for_once(root):
     refused(lambda: data.load("food101", root), "images/train", "Expected in", "kaggle")
 
 
+def test_rows_say_what_they_lack(root):
+    """A field that the model does not look at may be lacking; of its pictures none is opened."""
+    for label in ([0, 1, 1, 0], [0, 1], [1], ["a", "b", "a"], [0.0, 1.0]):
+        write_rows(root, train=[["a"], label], val=[["a"]], test=[["a"]])
+        refused(lambda: data.load("jsonl", root), "train.jsonl:2", "give names")
+    for field in ("image", "text"):
+        for change in ({field: None}, {}):
+            rows = [{"image": "red.jpg", "text": "a", "label": c} for c in "ab"]
+            rows.append({**{k: v for k, v in rows[0].items() if k != field}, **change})
+            for split in ("train", "val", "test"):
+                (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            refused(lambda: data.load("jsonl", root), "train.jsonl:3", f"{field} is missing or null")
+            pairs = data.load("jsonl", root, 8, unused=field)["train"]
+            with mock.patch("PIL.Image.open", side_effect=Image.open) as opened:
+                _, image, text, _, damaged = pairs[2, 0]
+            assert len(pairs) == 3 and not damaged and opened.called == (field == "text")
+            assert text == "a" if field == "image" else text == ""
+            assert (image[:, 0, 0].tolist() == list(data.GREY)) == (field == "image")
+
+
+def test_methods_of_one_modality_need_one(root):
+    argv = arguments(root, "--dataset", "jsonl", "--data-dir", f"{root}/rows", "--epochs", "1")
+    write_rows(root / "rows", train="ab" * 12, val="ab", test="ab")
+    rows = {path: path.read_text() for path in (root / "rows").glob("*.jsonl")}
+    for field, method in (("image", "text-only"), ("text", "image-only")):
+        for path in rows:
+            path.write_text(rows[path].replace(f'"{field}"', '"unknown"'))
+        for flags in ([], ["--method", method, "--head", "both"]):
+            refused(lambda: train.main([*argv, "--out", "no", *flags]), f"{field} is missing")
+        train.main([*argv, "--out", method, "--method", method])
+        assert read(root / method / "results.json")["damaged_images"] == 0
+        train.main(["--eval", "--checkpoint", f"{method}/best.pt"])
+
+
+def test_labels_of_new_rows_are_ignored(root):
+    write_rows(root, new=[1.0, "b", [0, 1], None])
+    pairs = data.unlabelled([f"{root}/new.jsonl"], ["b", "c"], False)
+    assert [pairs.sample(i).label for i in range(4)] == [None] * 4
+
+
+def test_empty_descriptions_are_refused(root):
+    make_grocery(root)
+    (root / "dataset/Pear.txt").write_text(" \n")
+    refused(lambda: data.load("grocery", root), "classes.csv:3", "Pear.txt is empty")
+
+
 if __name__ == "__main__":
     sys.argv[0] = __file__
     for name, test in list(globals().items()):
