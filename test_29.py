@@ -124,6 +124,42 @@ def test_empty_descriptions_are_refused(root):
     refused(lambda: data.load("grocery", root), "classes.csv:3", "Pear.txt is empty")
 
 
+def test_settings_of_tokenizers_are_honoured_or_refused(root):
+    bert = BERT(len(WORDS), 16, 1, 2, 16, 40)
+    bert.folder = root
+    make_bert(root)
+    whole = data.load_tokenizer(bert, 16)
+    words = "\n".join(WORDS)
+    decoder = {"added_tokens_decoder": {"5": {"content": "a"}, "15": {"content": "[NEW]"}}}
+    for name, content, *hints in (
+            ("vocab.txt", words.replace("[UNK]", "unknown"), "[UNK] is missing"),
+            ("vocab.txt", words.replace("photo", "Photo"), "Photo", "do_lower_case"),
+            ("added_tokens.json", {"smile": 15}, "smile", "tokenizer.json"),
+            ("tokenizer_config.json", decoder, "[NEW]", "tokenizer.json"),
+            ("config.json", {"tokenizer_class": "BertJapaneseTokenizer"}, "BertJapaneseTokenizer"),
+            ("tokenizer_config.json", {"tokenizer_class": "MPNetTokenizer"}, "MPNetTokenizer"),
+            ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "--pooling cls")):
+        make_bert(root)
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        refused(lambda: data.load_tokenizer(bert, 16), "does not belong", *hints)
+        (root / name).unlink()
+    (root / "vocab.txt").write_text(words)
+
+    (root / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+    with mock.patch.object(bert, "pooling", "cls"):
+        assert data.load_tokenizer(bert, 16).encode("a").ids == [2, 5, 3]
+    (root / "1_Pooling/config.json").unlink()
+    whole.save(str(root / "tokenizer.json"))
+    for settings, ids in (({}, [2, 8, 3]), ({"do_lower_case": False}, [2, 1, 3]),
+                          ({"tokenizer_class": "OtherTokenizer"}, [2, 8, 3])):
+        (root / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert data.load_tokenizer(bert, 16).encode("RED").ids == ids, settings
+    with mock.patch("huggingface_hub.snapshot_download", return_value=str(root)) as download:
+        load_bert("someone/small-bert")
+    assert {"added_tokens.json", "1_Pooling/config.json"} < {*download.call_args[1]["allow_patterns"]}
+
+
 if __name__ == "__main__":
     sys.argv[0] = __file__
     for name, test in list(globals().items()):
