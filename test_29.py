@@ -53,7 +53,7 @@ def test_whole_pictures_are_held_out_and_no_class_is_lost(root):
     assert len(splits["val"]) == 20 and len(val) == 4 and not val & train_
     assert "1 pictures are in training too" in splits["test"].notes[0] and not val & test
     splits = load([(i, str(i)) for i in range(36)] + [(i, "a") for i in range(36, 40)])
-    assert {s.label for s in splits["val"].samples} == {"a"} and len(splits["val"]) == 3
+    assert [s.label for s in splits["val"].samples] == ["a"] and len(splits["train"]) == 39
     names = [["a", "b"], ["a"], ["b", "c"], ["a", "c"]] * 3 + [["d", "a"], ["e", "b"]]
     splits = load(list(enumerate(names)))
     assert {n for s in splits["train"].samples for n in s.label} == set("abcde")
@@ -64,6 +64,71 @@ def test_whole_pictures_are_held_out_and_no_class_is_lost(root):
     (root / "val.jsonl").symlink_to(root / "nothing")
     (root / "dev.jsonl").write_text((root / "train.jsonl").read_text())
     refused(lambda: data.load("jsonl", root), "val.jsonl: no such file")
+
+
+def test_labels_that_look_alike_are_told(root):
+    write_rows(root, train=["Café", "cafe\u0301", "b", "b"], val="b", test="b")
+    notes = data.load("jsonl", root)["train"].notes
+    assert notes == ["1 classes differ from others in case or Unicode form alone",
+                     "1 samples in the smallest class, 'Café'"]
+    write_rows(root, train="aabb", val="ab", test=["B"])
+    refused(lambda: data.load("jsonl", root), "'B'", "['b'] differ in case or Unicode form alone")
+    write_rows(root, train=[["a", "b"], ["c"]], val=[["a"]], test=[["a", "ｃ"]])
+    refused(lambda: data.load("jsonl", root), "'ｃ'", "['c'] differ in case")
+    write_rows(root, train="aabb", val="ab", test="z")
+    assert "differ" not in refused(lambda: data.load("jsonl", root), "'z'")
+    write_rows(root, train=[["a"], []] * 4, val=[["a"]], test=[[]])
+    splits = data.load("jsonl", root)
+    assert [splits["train"].target(s.label).tolist() for s in splits["train"].samples] == [[1], [0]] * 4
+
+
+def test_fit_and_flip(root):
+    """What is seen of a picture four times as wide as high, with a column of each colour."""
+    columns = np.arange(0, 256, 4, dtype=np.uint8)[None, :, None].repeat(16, 0).repeat(3, 2)
+    Image.fromarray(columns).save(root / "wide.png")
+    path, rng = root / "wide.png", np.random.default_rng(0)
+    whole = data.decode(path, 32, fit="squeeze")
+    assert torch.equal(whole, data.resize(columns, 32)) and whole[0, 0, 0] < 8 < 240 < whole[0, 0, -1]
+    assert data.decode(path, 32)[0, 0, 0] > 80, "the centre"
+    for source in (path, columns):
+        seen = {data.decode(source, 32, rng, flip, "squeeze")[0, 0, 0].item() < 9
+                for flip in (False, True) for _ in range(20)}
+        assert seen == {True, False}
+        assert all(data.decode(source, 32, rng, False, "squeeze").equal(whole) for _ in range(9))
+
+    rows = [{"image": f"{i}.png", "text": "red " * (i + 1), "label": "ab"[i % 2]} for i in range(12)]
+    for i in range(12):
+        Image.new("RGB", (16, 24 + i)).save(root / f"{i}.png")
+    for split in ("train", "val", "test"):
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = arguments(root, "--dataset", "jsonl", "--data-dir", str(root), "--epochs", "1")
+    said = output(lambda: train.main([*argv, "--out", "run", "--fit", "squeeze", "--no-flip",
+                                      "--text-length", "10"]))
+    assert "of 12 samples of test, 4 texts are cut at --text-length, and 11 pictures lose" in said
+    config = read(root / "run/best.pt")["config"]
+    assert (config["fit"], config["flip"]) == ("squeeze", False)
+    decode = mock.patch("data.decode", side_effect=data.decode)
+    with decode as seen:
+        train.main(["--predict", f"{root}/test.jsonl", "--checkpoint", "run/best.pt"])
+    assert {call.args[3:] for call in seen.call_args_list} == {(False, "squeeze")}
+    for name in data.DATASETS:
+        assert train.settings(name, "mope")["flip"] == data.DATASETS[name].flip
+
+
+def test_a_tiff_is_turned_once(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    corner = np.zeros((40, 40, 3), np.uint8)
+    corner[:20, :20] = 255
+    for form in ("TIFF", "PNG", "JPEG"):
+        Image.fromarray(corner).save(root / "photo", form, exif=exif)
+        seen = data.decode(root / "photo", 8)[0]
+        assert seen[1, 6] > 200 and max(seen[1, 1], seen[6, 1], seen[6, 6]) < 50, form
+
+
+def test_accents_are_drawn():
+    letters = [np.array(data.font(20).getmask(letter)) for letter in "éü"]
+    assert letters[0].shape != letters[1].shape or (letters[0] != letters[1]).any()
 
 
 def test_a_file_is_asked_for_once(root):
@@ -83,14 +148,14 @@ def test_rows_say_what_they_lack(root):
     for label in ([0, 1, 1, 0], [0, 1], [1], ["a", "b", "a"], [0.0, 1.0]):
         write_rows(root, train=[["a"], label], val=[["a"]], test=[["a"]])
         refused(lambda: data.load("jsonl", root), "train.jsonl:2", "give names")
-    for field in ("image", "text"):
+    for field, only in (("image", "text"), ("text", "vision")):
         for change in ({field: None}, {}):
             rows = [{"image": "red.jpg", "text": "a", "label": c} for c in "ab"]
             rows.append({**{k: v for k, v in rows[0].items() if k != field}, **change})
             for split in ("train", "val", "test"):
                 (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
             refused(lambda: data.load("jsonl", root), "train.jsonl:3", f"{field} is missing or null")
-            pairs = data.load("jsonl", root, 8, unused=field)["train"]
+            pairs = data.load("jsonl", root, 8, only=only)["train"]
             with mock.patch("PIL.Image.open", side_effect=Image.open) as opened:
                 _, image, text, _, damaged = pairs[2, 0]
             assert len(pairs) == 3 and not damaged and opened.called == (field == "text")
@@ -132,8 +197,7 @@ def test_settings_of_tokenizers_are_honoured_or_refused(root):
     words = "\n".join(WORDS)
     decoder = {"added_tokens_decoder": {"5": {"content": "a"}, "15": {"content": "[NEW]"}}}
     for name, content, *hints in (
-            ("vocab.txt", words.replace("[UNK]", "unknown"), "[UNK] is missing"),
-            ("vocab.txt", words.replace("photo", "Photo"), "Photo", "do_lower_case"),
+            ("vocab.txt", words.replace("[UNK]", "unknown"), "no {'[UNK]'}"),
             ("added_tokens.json", {"smile": 15}, "smile", "tokenizer.json"),
             ("tokenizer_config.json", decoder, "[NEW]", "tokenizer.json"),
             ("config.json", {"tokenizer_class": "BertJapaneseTokenizer"}, "BertJapaneseTokenizer"),
@@ -144,7 +208,9 @@ def test_settings_of_tokenizers_are_honoured_or_refused(root):
         (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
         refused(lambda: data.load_tokenizer(bert, 16), "does not belong", *hints)
         (root / name).unlink()
-    (root / "vocab.txt").write_text(words)
+    for vocabulary, ids in ((words.replace("photo", "Photo"), [2, 6, 1, 3]), (words, [2, 6, 6, 3])):
+        (root / "vocab.txt").write_text(vocabulary)
+        assert data.load_tokenizer(bert, 16).encode("Photo photo").ids == ids
 
     (root / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
     with mock.patch.object(bert, "pooling", "cls"):
