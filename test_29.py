@@ -26,9 +26,9 @@ def test_whatever_ends_sending_ends_the_program(root):
     loader = data.loader(data.Batches(mock.Mock(), 1), None, workers=1)
     assert loader.multiprocessing_context.get_start_method() == "fork"
     with mock.patch("os.sched_getaffinity", return_value=range(64)):
-        assert train.settings("food101", "mope")["workers"] == 16
+        assert train.pick_workers(train.ONE_A_CORE) == 16
         with mock.patch("sys.platform", "win32"):
-            assert train.settings("food101", "mope")["workers"] == 4
+            assert train.pick_workers(train.ONE_A_CORE) == 4
 
 
 def write_labels(root, train_, **other):
